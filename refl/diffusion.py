@@ -1,0 +1,287 @@
+"""Stable Diffusion's parts: loaded and frozen, LoRA put in, taken out and saved, DDPM's arithmetic, pictures
+drawn."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from refl.errors import UserError
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention, self and cross
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds it in a folder
+METADATA_KEY = "refl"  # our entry of the file's metadata, JSON
+
+SAMPLERS = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+}
+
+
+@dataclass
+class StableDiffusion:
+    """The frozen parts; `unet` may carry a LoRA."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel | None  # None once the prompts are encoded
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler_config: dict
+
+
+def load_stable_diffusion(
+    folder: str | Path, dtype: torch.dtype, device: str | torch.device
+) -> StableDiffusion:
+    """Parts of a model in diffusers' layout, frozen, in `dtype`; the VAE in float32 where `dtype` is float16.
+
+    SD's VAE overflows in float16 (its activations pass 65,504), and one such picture is all NaN.
+    """
+    transformers_logging.disable_progress_bar()
+    vae_dtype = torch.float32 if dtype == torch.float16 else dtype
+    try:
+        parts = StableDiffusion(
+            tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+            text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype),
+            vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=vae_dtype),
+            unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype),
+            scheduler_config=DDPMScheduler.load_config(folder, subfolder="scheduler"),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _not_loadable(folder, error) from error
+    for part in (parts.text_encoder, parts.vae, parts.unet):
+        part.requires_grad_(False).eval().to(device)
+    return parts
+
+
+def _not_loadable(folder: str | Path, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"{folder} is not a Stable Diffusion model that can be loaded: {reason}")
+
+
+def vae_factor(vae: AutoencoderKL) -> int:
+    """Picture pixels per latent pixel, 8 for Stable Diffusion."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode_prompts(parts: StableDiffusion, prompts: Sequence[str], batch_size: int = 32) -> Iterator[Tensor]:
+    """Each prompt's embedding, (tokens, width); a prompt longer than the tokenizer takes is cut."""
+    for start in range(0, len(prompts), batch_size):
+        tokens = parts.tokenizer(
+            list(prompts[start : start + batch_size]),
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
+        yield from parts.text_encoder(tokens.input_ids.to(parts.text_encoder.device)).last_hidden_state
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W), float32 at least, about [0, 1] but not clamped, of latents (B, C, h, w) at the
+    UNet's scale."""
+    with torch.autocast(latents.device.type, enabled=False):
+        pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    return pictures.to(torch.promote_types(pictures.dtype, torch.float32)) / 2 + 0.5
+
+
+# ------------------------------------------------------------------------------------------------------- DDPM
+
+
+class Ddpm:
+    """DDPM (Ho et al. 2020) on `num_inference_steps` of the training timesteps: plain numbers, ready for each
+    step.
+
+    The timesteps and the noise schedule are those of diffusers' scheduler; only the arithmetic of a step is
+    here, so that the noise is given by the caller and nothing waits for the device. Never clips x0: latents
+    are not in [-1, 1].
+    """
+
+    def __init__(self, scheduler_config: dict, num_inference_steps: int):
+        if scheduler_config.get("prediction_type", "epsilon") != "epsilon":
+            raise UserError(
+                f"the model predicts {scheduler_config['prediction_type']}; only epsilon is supported."
+            )
+        scheduler = DDPMScheduler.from_config(
+            scheduler_config, clip_sample=False, variance_type="fixed_small"
+        )
+        scheduler.set_timesteps(num_inference_steps)
+        self.timesteps = scheduler.timesteps.tolist()  # e.g. 976, 951, ..., 26, 1
+        alphas_cumprod = scheduler.alphas_cumprod.double()
+        self.alphas_cumprod = [alphas_cumprod[t].item() for t in self.timesteps] + [1.0]
+
+    def predict_x0(self, latents: Tensor, eps: Tensor, index: int) -> Tensor:
+        """x0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), eq. 15; `index` counts denoising steps from 0."""
+        abar = self.alphas_cumprod[index]
+        return (latents - (1 - abar) ** 0.5 * eps) / abar**0.5
+
+    def step(self, latents: Tensor, eps: Tensor, index: int, noise: Tensor) -> Tensor:
+        """x_{t-1} ~ q(x_{t-1} | x_t, x0), eq. 7, with the given standard normal noise; the last step adds
+        none."""
+        abar, abar_next = self.alphas_cumprod[index : index + 2]
+        alpha = abar / abar_next
+        x0_weight = abar_next**0.5 * (1 - alpha) / (1 - abar)
+        latents_weight = alpha**0.5 * (1 - abar_next) / (1 - abar)
+        std = ((1 - abar_next) / (1 - abar) * (1 - alpha)) ** 0.5
+        return x0_weight * self.predict_x0(latents, eps, index) + latents_weight * latents + std * noise
+
+
+# ------------------------------------------------------------------------------------------------------- LoRA
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, seed: int) -> list[torch.nn.Parameter]:
+    """Put a LoRA (Hu et al. 2021) into the attention layers, initially zero; returns its matrices, float32,
+    trainable."""
+    torch.manual_seed(seed)
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS))
+    )
+    cast_training_params(unet, torch.float32)
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def save_lora(unet: UNet2DConditionModel, folder: str | Path, metadata: dict) -> Path:
+    """Write the LoRA to `folder`/pytorch_lora_weights.safetensors in diffusers' format: whole, or not at all.
+
+    `metadata` goes into the file beside what diffusers needs to restore rank and alpha.
+    """
+    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    adapter = {f"unet.{key}": value for key, value in unet.peft_config["default"].to_dict().items()}
+    path = Path(folder) / LORA_FILE
+    partial = path.with_suffix(".partial")
+    save_file(
+        {f"unet.{key}": value.detach().cpu().contiguous() for key, value in weights.items()},
+        partial,
+        metadata={
+            "format": "pt",
+            LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True, default=sorted),
+            METADATA_KEY: json.dumps(metadata, sort_keys=True),
+        },
+    )
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return path
+
+
+def lora_file(path: str | Path) -> Path:
+    """The LoRA's file, given itself or its folder; raises `UserError` when there is none."""
+    path = Path(path)
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"no LoRA at {file}. Train one (bash train_refl_lora.sh), or name one with --lora_path."
+        )
+    return file
+
+
+def read_metadata(path: str | Path) -> dict:
+    """What `save_lora` wrote about a LoRA; {} for one from elsewhere."""
+    file = lora_file(path)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            metadata = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged or is not a safetensors file ({error}).") from error
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def load_lora(pipeline: StableDiffusionPipeline, path: str | Path, scale: float) -> None:
+    """Put a LoRA in diffusers' (or kohya's) format into the pipeline at `scale`."""
+    file = lora_file(path)
+    read_metadata(file)
+    try:
+        pipeline.load_lora_weights(
+            file.parent, weight_name=file.name, adapter_name="default", local_files_only=True
+        )
+        pipeline.set_adapters("default", scale)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{file} does not fit this model; it was made for another architecture ({reason})."
+        ) from error
+
+
+# -------------------------------------------------------------------------------------------------- inference
+
+
+def load_pipeline(
+    folder: str | Path, sampler: str, dtype: torch.dtype, device: str | torch.device
+) -> StableDiffusionPipeline:
+    """diffusers' pipeline with one of `SAMPLERS`; decodes in float32 where `dtype` is float16, picture by
+    picture."""
+    parts = load_stable_diffusion(folder, dtype, device)
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=SAMPLERS[sampler].from_config(parts.scheduler_config, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def generate(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+    resolution: int | None = None,
+) -> Tensor:
+    """Pictures (B, 3, H, W) float32 in [0, 1] on the CPU, one for each prompt and its seed.
+
+    A seed stands for one noise on every device and in every batch. Decoded one at a time, so that memory does
+    not grow with the batch.
+    """
+    unet, factor = pipeline.unet, vae_factor(pipeline.vae)
+    side = resolution // factor if resolution else unet.config.sample_size
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = [
+        torch.randn(unet.config.in_channels, side, side, generator=generator) for generator in generators
+    ]
+    latents = pipeline(
+        list(prompts),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        height=side * factor,
+        width=side * factor,
+        latents=torch.stack(noise).to(
+            unet.dtype
+        ),  # drawn in float32: half precision would draw other numbers
+        generator=generators,
+        output_type="latent",
+    ).images
+    return torch.cat([decode(pipeline.vae, latent[None]).clamp(0, 1).cpu() for latent in latents])

@@ -1,0 +1,121 @@
+"""What inference.py and inference_lora.py share: their options, and pictures drawn to files."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from tqdm import tqdm
+
+from refl import board, diffusion, doctor
+from refl.errors import UserError
+from refl.prompts import read_prompts
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class DrawingOptions:
+    """Options of every script that draws."""
+
+    pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
+    """Folder of the text-to-image model, in diffusers' layout."""
+    prompt: tuple[str, ...] = ("a lighthouse on a cliff at sunset, oil painting",)
+    """One prompt or several."""
+    prompts_file: str | None = None
+    """Take the prompts from a .txt, .json, .jsonl or .csv file instead."""
+    num_images_per_prompt: int = 10
+    """Pictures of each prompt."""
+    seed: int = 0
+    """Seed of the first picture; the next has the next seed, and so on."""
+    num_inference_steps: int = 50
+    """Denoising steps."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance; 1 is none."""
+    sampler: Literal["pndm", "ddim", "ddpm", "euler", "euler_a", "dpm++"] = "pndm"
+    """How the noise is removed."""
+    resolution: int | None = None
+    """Pixels a side; None: the model's own (512 for SD-1.4)."""
+    batch_size: int = 10
+    """Pictures drawn at once. Halved by itself when the GPU's memory does not suffice."""
+    device: str | None = None
+    """"cuda", "cuda:1", "cpu", ...; None: a GPU if there is one."""
+    dtype: Literal["fp16", "bf16", "fp32"] | None = None
+    """Precision; None: fp16 on a GPU, fp32 on the CPU."""
+
+
+def check(options: DrawingOptions) -> list[str]:
+    """The prompts; raises `UserError` for options that cannot be. Loads nothing."""
+    for name in ("num_images_per_prompt", "num_inference_steps", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: must be 1 or more.")
+    if options.seed < 0:
+        raise UserError(f"--seed {options.seed}: must be 0 or more.")
+    doctor.check_model(options.pretrained_model_name_or_path)
+    doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
+    doctor.check_output_folder(options.output_dir)
+    return read_prompts(options.prompts_file) if options.prompts_file else list(options.prompt)
+
+
+def pipeline(options: DrawingOptions) -> StableDiffusionPipeline:
+    """The pipeline that the options ask for."""
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {options.device}: not a device of this machine.") from error
+    dtype = DTYPES[options.dtype or ("fp16" if device.type == "cuda" else "fp32")]
+    return diffusion.load_pipeline(options.pretrained_model_name_or_path, options.sampler, dtype, device)
+
+
+def draw(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], options: DrawingOptions, title: str
+) -> Iterator[Tensor]:
+    """Pictures (3, H, W) in [0, 1], `num_images_per_prompt` of each prompt in turn, seeds counting up from
+    `seed`."""
+    wanted = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
+    batch_size, done = options.batch_size, 0
+    with tqdm(total=len(wanted), desc=title, unit="picture") as bar:
+        while done < len(wanted):
+            batch = wanted[done : done + batch_size]
+            try:
+                pictures = diffusion.generate(
+                    pipeline,
+                    batch,
+                    range(options.seed + done, options.seed + done + len(batch)),
+                    options.num_inference_steps,
+                    options.guidance_scale,
+                    options.resolution,
+                )
+            except torch.OutOfMemoryError as error:
+                if batch_size == 1:
+                    raise UserError(
+                        "the GPU's memory does not suffice for one picture. Try --dtype fp16, a lower "
+                        "--resolution, another GPU (CUDA_VISIBLE_DEVICES), or --device cpu."
+                    ) from error
+                batch_size = (batch_size + 1) // 2
+                torch.cuda.empty_cache()
+                bar.write(f"out of memory; going on with {batch_size} pictures at once")
+                continue
+            yield from pictures
+            done += len(batch)
+            bar.update(len(batch))
+
+
+def draw_to_files(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    options: DrawingOptions,
+    folder: str,
+    title: str,
+) -> list[Path]:
+    """`draw` into `folder`: 0.png, 1.png, ..."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, picture in enumerate(draw(pipeline, prompts, options, title)):
+        paths.append(Path(folder) / f"{index}.png")
+        board.save_picture(board.to_pil(picture), paths[-1])
+    return paths

@@ -1,0 +1,577 @@
+"""Reward Feedback Learning (ReFL) with LoRA: teach Stable Diffusion what people prefer by backpropagating a
+reward.
+
+Algorithm 1 of Xu et al. 2023 (arXiv 2304.05977), reward part, for each batch of prompts c:
+
+    x_T ~ N(0, I);  k ~ U{min_stop, ..., max_stop} without gradient:  x_T -> x_k by DDPM with gradient:     x0
+    = (x_k - sqrt(1 - abar_k) eps(x_k, k, c)) / sqrt(abar_k);  r = ImageReward(c, decode(x0)) loss =
+    grad_scale * mean(relu(reward_target - r));  AdamW on the LoRA matrices
+
+Departures from the published code, each for a reason:
+
+- Trains a LoRA in float32 and keeps the model frozen; no pretraining loss, the frozen model is what it
+  protected.
+- The gradient is taken in two stages: d loss / d x0 through reward and decoder, a few pictures at a time,
+  then d x0 / d LoRA through the UNet. The same chain rule for one more UNet forward, about 2 % of a step, and
+  the two largest graphs never exist together.
+- k and all noise are pure functions of (seed, step, micro-step, sample): k is the same on every process, so
+  that none waits for another's longer rollout; noise never is.
+- x0 is computed, not sampled; the reward and its normalisation stay in float32; its resize is antialiased.
+- Prompts are encoded once, before training.
+
+Start it with train_refl_lora.sh. `refl_lora.py --help` explains every option.
+"""
+
+import dataclasses
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+from diffusers.optimization import SchedulerType, get_scheduler
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from refl import board, diffusion, doctor, randomness
+from refl.errors import UserError, run_as_command
+from refl.prompts import prompt_index, read_prompts
+from refl.rewards import REWARDS, Reward
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+@dataclass
+class Options:
+    """Reward Feedback Learning with LoRA. Every option is saved with the run; --options_file repeats one."""
+
+    options_file: str | None = None
+    """Take defaults from a run's options.json; options on the command line win."""
+    check: bool = False
+    """Check everything that can be checked without loading weights, then stop. Exit code 2 if something is
+    wrong."""
+
+    # What is trained, by what, on what
+    pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
+    """Folder of the text-to-image model, in diffusers' layout."""
+    reward: str = "imagereward"
+    """The reward to maximise."""
+    reward_path: str = "checkpoint"
+    """Folder of ImageReward.pt, med_config.json and bert-base-uncased/."""
+    prompts: str = "data/train_prompts.txt"
+    """Training prompts: .txt, .json, .jsonl or .csv."""
+    validation_prompts: str = "data/held_out_prompts.txt"
+    """Prompts never trained on; the first --num_validation_images of them are drawn again and again."""
+    output_dir: str = "checkpoint/refl_lora"
+    """Where the LoRA, the options and the logs go."""
+    resolution: int | None = None
+    """Pixels a side of the pictures; None: the model's own (512 for SD-1.4)."""
+
+    # LoRA
+    rank: int = 4
+    """Rank of the LoRA matrices."""
+    lora_alpha: float | None = None
+    """The LoRA's output is scaled by lora_alpha / rank; None: the rank, so by 1."""
+
+    # Optimisation
+    train_batch_size: int = 2
+    """Pictures per process and micro-step."""
+    gradient_accumulation_steps: int = 4
+    """Micro-steps per optimizer step."""
+    max_train_steps: int = 100
+    """Optimizer steps."""
+    learning_rate: float = 1e-4
+    """Step size of AdamW."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """How the learning rate goes on after the warm-up."""
+    lr_warmup_steps: int = 0
+    """Optimizer steps of linear warm-up; "constant" has none."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay of the LoRA matrices."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon; gradients far below it are damped."""
+    max_grad_norm: float = 1.0
+    """The gradient of an optimizer step is clipped to this norm."""
+    use_8bit_adam: bool = False
+    """Keep AdamW's state in 8 bits; needs the package bitsandbytes."""
+
+    # ReFL
+    grad_scale: float = 0.01
+    """Factor on the loss. AdamW nearly cancels it: it matters against --max_grad_norm and --adam_epsilon
+    only."""
+    reward_target: float | None = 2.0
+    """Pictures scored above this get no gradient; None: maximise the plain reward."""
+    num_inference_steps: int = 40
+    """DDPM steps from noise to picture."""
+    min_stop: int = 30
+    """First denoising step, counted from 0, that may get the gradient."""
+    max_stop: int = 39
+    """Last denoising step that may get the gradient, inclusive."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance while training; 1 is none, as published. Above 1 the UNet runs twice."""
+
+    # Precision, speed, memory
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the frozen parts; the LoRA stays in float32. None: as launched."""
+    gradient_checkpointing: bool = False
+    """Recompute the UNet's activations in the backward pass: much less memory, about 1 % more time."""
+    decode_batch_size: int = 1
+    """Pictures decoded and scored at once; must divide --train_batch_size. Higher: more memory."""
+    allow_tf32: bool = False
+    """Let float32 matrix products on Ampere and newer GPUs use TF32."""
+    seed: int = 0
+    """Seed of the LoRA's initial values and of every draw."""
+
+    # Watching
+    validation_steps: int = 20
+    """Optimizer steps between validations, which also happen before the first and after the last; 0: none."""
+    num_validation_images: int = 4
+    """Pictures per validation."""
+    logging_dir: str = "logs"
+    """TensorBoard's folder, inside --output_dir."""
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """Where curves and pictures go."""
+
+
+def read_options(arguments: list[str]) -> Options:
+    """Options from the command line, on top of those of --options_file if it is given."""
+    options = tyro.cli(Options, args=arguments, use_underscores=True)
+    if options.options_file is None:
+        return options
+    try:
+        saved = json.loads(Path(options.options_file).read_text())
+        unknown = saved.keys() - {field.name for field in dataclasses.fields(Options)}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--options_file {options.options_file} cannot be read ({error}).") from error
+    if unknown:
+        raise UserError(f"--options_file {options.options_file}: unknown {', '.join(sorted(unknown))}.")
+    return tyro.cli(
+        Options, args=arguments, use_underscores=True, default=dataclasses.replace(Options(), **saved)
+    )
+
+
+def check_options(options: Options) -> tuple[int, list[str], list[str]]:
+    """Resolution, training and validation prompts; raises `UserError` for whatever is wrong. Loads no
+    weights."""
+    lowest = {
+        "rank": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "max_train_steps": 1,
+        "lr_warmup_steps": 0, "num_inference_steps": 1, "min_stop": 0, "decode_batch_size": 1,
+        "validation_steps": 0, "num_validation_images": 1, "seed": 0,
+    }  # fmt: skip
+    for name, low in lowest.items():
+        if getattr(options, name) < low:
+            raise UserError(f"--{name} {getattr(options, name)}: must be {low} or more.")
+    for name in ("learning_rate", "grad_scale", "max_grad_norm", "guidance_scale", "adam_epsilon"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"--{name} {getattr(options, name)}: must be positive.")
+    if not options.min_stop <= options.max_stop < options.num_inference_steps:
+        raise UserError(
+            f"--min_stop {options.min_stop} --max_stop {options.max_stop}: with --num_inference_steps "
+            f"{options.num_inference_steps} stop indices run from 0 to {options.num_inference_steps - 1}, "
+            "and min_stop must not pass max_stop."
+        )
+    if options.train_batch_size % options.decode_batch_size:
+        raise UserError(
+            f"--decode_batch_size {options.decode_batch_size} does not divide --train_batch_size "
+            f"{options.train_batch_size}."
+        )
+    if options.reward not in REWARDS:
+        raise UserError(f"--reward {options.reward}: known rewards are {', '.join(REWARDS)}.")
+    doctor.check_weights(options.pretrained_model_name_or_path, options.reward_path)
+    doctor.check_model(options.pretrained_model_name_or_path)
+    resolution = doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
+    prompts, validation_prompts = read_prompts(options.prompts), read_prompts(options.validation_prompts)
+    doctor.check_output_folder(options.output_dir)
+    return resolution, prompts, validation_prompts
+
+
+# ---------------------------------------------------------------------------------------------- one ReFL step
+
+
+@dataclass
+class Models:
+    """What a step computes with. Only `lora`, matrices inside `unet`, is trained."""
+
+    unet: torch.nn.Module
+    lora: list[torch.nn.Parameter]
+    vae: torch.nn.Module
+    reward: Reward
+    ddpm: diffusion.Ddpm
+    guidance_scale: float = 1.0
+
+
+@dataclass
+class StepResult:
+    """What a step found, nothing of it attached to a graph."""
+
+    loss: Tensor  # (), grad_scale * mean over the batch
+    rewards: Tensor  # (B,)
+    gradients: list[Tensor]  # d loss / d LoRA, times loss_scale, one for each matrix
+    saturated: Tensor  # (), share of colour values that decode outside [0, 1], where the gradient is zero
+
+
+def predict_noise(models: Models, latents: Tensor, index: int, prompt_embeds: Tensor) -> Tensor:
+    """eps(x_t, t, c), (B, C, h, w), at denoising step `index`, guided if so asked.
+
+    `prompt_embeds` are (B, tokens, width), or (2, B, tokens, width) with the empty prompt's first for
+    guidance. Their dtype is that of the frozen weights; the LoRA's float32 meets it by autocast.
+    """
+    t = models.ddpm.timesteps[index]
+    half = prompt_embeds.dtype in (torch.float16, torch.bfloat16)
+    with torch.autocast(latents.device.type, dtype=prompt_embeds.dtype if half else None, enabled=half):
+        if models.guidance_scale == 1:
+            return models.unet(latents, t, prompt_embeds).sample.to(latents.dtype)
+        eps_empty, eps_prompt = models.unet(
+            latents.repeat(2, 1, 1, 1), t, prompt_embeds.flatten(0, 1)
+        ).sample.chunk(2)
+    eps_empty, eps_prompt = eps_empty.to(latents.dtype), eps_prompt.to(latents.dtype)
+    return eps_empty + models.guidance_scale * (eps_prompt - eps_empty)
+
+
+@torch.no_grad()
+def rollout(models: Models, noise: Tensor, prompt_embeds: Tensor, stop: int) -> Tensor:
+    """DDPM from x_T to x at denoising step `stop`. `noise` (B, > stop, C, h, w): x_T first, then that of each
+    step."""
+    latents = noise[:, 0]
+    for index in range(stop):
+        eps = predict_noise(models, latents, index, prompt_embeds)
+        latents = models.ddpm.step(latents, eps, index, noise[:, index + 1])
+    return latents
+
+
+def refl_step(
+    models: Models,
+    prompts: list[str],
+    prompt_embeds: Tensor,
+    noise: Tensor,
+    stop: int,
+    grad_scale: float,
+    reward_target: float | None,
+    decode_batch_size: int = 1,
+    loss_scale: float = 1.0,
+    phase: Callable[[str], AbstractContextManager] = nullcontext,
+) -> StepResult:
+    """Loss and its gradient for one batch; `prompt_embeds` and `noise` as in `predict_noise` and
+    `rollout`."""
+    # x_T -> x_k, and the value of x0, without gradient
+    with phase("rollout"), torch.no_grad():
+        latents = rollout(models, noise, prompt_embeds, stop)
+        x0 = models.ddpm.predict_x0(latents, predict_noise(models, latents, stop, prompt_embeds), stop)
+
+    # d loss / d x0 through reward and decoder, a few pictures at a time
+    losses, rewards, x0_gradients, saturated = [], [], [], []
+    for start in range(0, len(prompts), decode_batch_size):
+        chunk = slice(start, start + decode_batch_size)
+        leaf = x0[chunk].detach().requires_grad_()
+        with phase("decode"):
+            pictures = diffusion.decode(models.vae, leaf)  # (b, 3, H, W)
+        with phase("reward"):
+            reward = models.reward(pictures.clamp(0, 1), prompts[chunk])  # (b,)
+            shortfall = -reward if reward_target is None else (reward_target - reward).relu()
+            loss = grad_scale * shortfall.sum() / len(prompts)
+        with phase("backward"):
+            x0_gradients += torch.autograd.grad(loss_scale * loss, leaf)
+        losses.append(loss.detach())
+        rewards.append(reward.detach())
+        saturated.append(((pictures < 0) | (pictures > 1)).float().mean())
+
+    # d loss / d LoRA = <d loss / d x0, d x0 / d LoRA> through the UNet
+    with phase("grad_step"):
+        x0 = models.ddpm.predict_x0(latents, predict_noise(models, latents, stop, prompt_embeds), stop)
+    with phase("backward"):
+        gradients = torch.autograd.grad(x0, models.lora, grad_outputs=torch.cat(x0_gradients))
+    return StepResult(
+        torch.stack(losses).sum(), torch.cat(rewards), list(gradients), torch.stack(saturated).mean()
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- validation
+
+
+@torch.no_grad()
+def validate(
+    models: Models, prompts: list[str], embeds: Callable[[list[str]], Tensor], noise_shape: tuple[int, ...],
+    seed: int, batch_size: int, accelerator: Accelerator,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pictures (N, 3, H, W) uint8 of the prompts, always from the same noise, and their rewards (N,).
+
+    The processes share the work; each returns the whole.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    own = range(rank, math.ceil(len(prompts) / world) * world, world)  # padded: every process draws as many
+    pictures, rewards = [], []
+    last = len(models.ddpm.timesteps) - 1
+    for start in range(0, len(own), batch_size):
+        indices = [index % len(prompts) for index in own[start : start + batch_size]]
+        chosen = [prompts[index] for index in indices]
+        noise = randomness.noise((randomness.VALIDATION, seed), indices, (last + 1, *noise_shape))
+        prompt_embeds = embeds(chosen)
+        latents = rollout(models, noise.to(accelerator.device), prompt_embeds, last)
+        x0 = models.ddpm.predict_x0(latents, predict_noise(models, latents, last, prompt_embeds), last)
+        for latent, prompt in zip(x0, chosen, strict=True):
+            picture = diffusion.decode(models.vae, latent[None]).clamp(0, 1)
+            rewards.append(models.reward(picture, [prompt]))
+            pictures.append((picture * 255).round().byte())
+    order = torch.arange(len(own) * world).view(world, len(own)).T.flatten()[: len(prompts)]
+    pictures, rewards = accelerator.gather(torch.cat(pictures)), accelerator.gather(torch.cat(rewards))
+    return pictures[order.to(pictures.device)], rewards[order.to(rewards.device)]
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+
+def make_optimizer(options: Options, lora: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, its state in 8 bits if so asked."""
+    optimizer_class = torch.optim.AdamW
+    if options.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise UserError(
+                "--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes."
+            ) from error
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    return optimizer_class(
+        lora,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+    )
+
+
+def main() -> None:
+    """Options, models, data, loop, save."""
+    # ---- options
+    options = read_options(sys.argv[1:])
+    resolution, prompts, validation_prompts = check_options(options)
+    if options.check:
+        return
+    validation_prompts = (
+        validation_prompts[: options.num_validation_images] if options.validation_steps else []
+    )
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.mixed_precision)
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
+    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
+        accelerator.mixed_precision
+    ]
+
+    # ---- models
+    parts = diffusion.load_stable_diffusion(options.pretrained_model_name_or_path, weight_dtype, device)
+    lora_alpha = options.rank if options.lora_alpha is None else options.lora_alpha
+    models = Models(
+        unet=parts.unet,
+        lora=diffusion.add_lora(parts.unet, options.rank, lora_alpha, options.seed),
+        vae=parts.vae,
+        reward=REWARDS[options.reward](options.reward_path, device, weight_dtype),
+        ddpm=diffusion.Ddpm(parts.scheduler_config, options.num_inference_steps),
+        guidance_scale=options.guidance_scale,
+    )
+    if options.gradient_checkpointing:
+        parts.unet.enable_gradient_checkpointing()
+    optimizer = make_optimizer(options, models.lora)
+    lr_scheduler = get_scheduler(
+        SchedulerType(options.lr_scheduler), optimizer, options.lr_warmup_steps, options.max_train_steps
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=weight_dtype == torch.float16)
+
+    # ---- data: which prompt each sample of the run gets is known beforehand, so only those are encoded
+    batch, micro_steps = options.train_batch_size, options.gradient_accumulation_steps
+    own = range(rank * batch, (rank + 1) * batch)  # this process's samples among those of all
+
+    def batch_prompts(step: int, micro_step: int) -> list[str]:
+        first = (step * micro_steps + micro_step) * batch * world
+        return [prompts[prompt_index(options.seed, first + index, len(prompts))] for index in own]
+
+    needed = {
+        p for s in range(options.max_train_steps) for m in range(micro_steps) for p in batch_prompts(s, m)
+    }
+    needed = ["", *sorted(needed | set(validation_prompts))]
+    encoded = diffusion.encode_prompts(parts, needed)
+    bar = tqdm(
+        encoded, "encoding prompts", len(needed), unit="prompt", disable=not accelerator.is_main_process
+    )
+    cache = {prompt: embedding.cpu() for prompt, embedding in zip(needed, bar, strict=True)}
+    parts.text_encoder = None
+
+    def embeds(chosen: list[str]) -> Tensor:  # (B, tokens, width), or (2, B, tokens, width) for guidance
+        embedded = torch.stack([cache[prompt] for prompt in chosen])
+        if options.guidance_scale != 1:
+            embedded = torch.stack([cache[""].expand_as(embedded), embedded])
+        return embedded.to(device)
+
+    side = resolution // diffusion.vae_factor(parts.vae)
+    noise_shape = (parts.unet.config.in_channels, side, side)
+
+    # ---- output
+    output = Path(options.output_dir)
+    writer = None
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        saved = {name: value for name, value in dataclasses.asdict(options).items() if name != "options_file"}
+        (output / "options.json.partial").write_text(json.dumps(saved, indent=2) + "\n")
+        (output / "options.json.partial").replace(output / "options.json")
+        if options.report_to == "tensorboard":
+            writer = SummaryWriter(output / options.logging_dir, purge_step=0)
+            board.write_options(writer, saved)
+
+    def show_validation(step: int) -> float:
+        pictures, rewards = validate(
+            models, validation_prompts, embeds, noise_shape, options.seed, batch, accelerator
+        )  # fmt: skip
+        if writer:
+            captions = [
+                f"{reward:+.2f}  {prompt}" for reward, prompt in zip(rewards, validation_prompts, strict=True)
+            ]
+            cells = [board.to_pil(picture / 255) for picture in pictures]
+            rows = [slice(start, start + 4) for start in range(0, len(cells), 4)]
+            sheet = board.grid(
+                [cells[row] for row in rows], [captions[row] for row in rows], header=f"step {step}"
+            )
+            board.write_picture(writer, "validation/pictures", sheet, step)
+            board.write_scalars(writer, {"validation/reward": rewards.mean().item()}, step)
+        return rewards.mean().item()
+
+    # ---- loop
+    first_validation = last_validation = show_validation(0) if options.validation_steps else None
+    phase = board.Phases(device)
+    bar = tqdm(range(options.max_train_steps), "ReFL", unit="step", disable=not accelerator.is_main_process)
+    started = time.perf_counter()
+    for step in bar:
+        step_started = time.perf_counter()
+        gradients, results, stops, norms = None, [], [], []
+        for micro_step in range(micro_steps):
+            stop = randomness.stop_index(options.seed, step, micro_step, options.min_stop, options.max_stop)
+            key = (randomness.NOISE, options.seed, step, micro_step)
+            chosen = batch_prompts(step, micro_step)
+            result = refl_step(
+                models,
+                chosen,
+                embeds(chosen),
+                randomness.noise(key, own, (stop + 1, *noise_shape)).to(device),
+                stop,
+                options.grad_scale,
+                options.reward_target,
+                options.decode_batch_size,
+                scaler.get_scale(),
+                phase,
+            )
+            gradients = (
+                result.gradients if gradients is None else torch._foreach_add(gradients, result.gradients)
+            )
+            results.append(result)
+            stops.append(stop)
+            norms.append(
+                torch.nn.utils.get_total_norm(result.gradients) / scaler.get_scale() / options.grad_scale
+            )
+            result.gradients = None
+
+        # All processes' gradients in one reduction, then the same optimizer step on each.
+        with phase("optimizer"):
+            flat = torch.cat([gradient.flatten() for gradient in gradients]) / micro_steps
+            flat = accelerator.reduce(flat, reduction="mean")
+            for matrix, gradient in zip(
+                models.lora, flat.split([m.numel() for m in models.lora]), strict=True
+            ):
+                matrix.grad = gradient.view_as(matrix)
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(models.lora, options.max_grad_norm)
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            overflowed = scaler.get_scale() < scale  # fp16: the step was skipped, the scale lowered
+            if not overflowed:
+                lr_scheduler.step()
+            optimizer.zero_grad()
+
+        # ---- log: one gather for all numbers of all processes
+        seconds = phase.pop() | {"total": time.perf_counter() - step_started}
+        numbers = {f"gradient_norm_by_stop/{stop}": [] for stop in sorted(set(stops))}
+        for stop, norm in zip(stops, norms, strict=True):
+            numbers[f"gradient_norm_by_stop/{stop}"].append(norm)
+        numbers = {tag: torch.stack(norm).mean() for tag, norm in numbers.items()}
+        numbers["loss"] = torch.stack([result.loss for result in results]).mean()
+        numbers["pictures/saturated"] = torch.stack([result.saturated for result in results]).mean()
+        numbers |= {f"seconds/{name}": torch.tensor(value) for name, value in seconds.items()}
+        numbers["memory/peak_gib"] = torch.tensor(peak_memory(device))
+        vector = torch.stack([number.float().to(device) for number in numbers.values()])
+        values = dict(zip(numbers, accelerator.reduce(vector, reduction="mean").tolist(), strict=True))
+        rewards = accelerator.gather(torch.cat([result.rewards for result in results])).float().cpu()
+        if not (overflowed or math.isfinite(values["loss"]) and math.isfinite(grad_norm)):
+            raise UserError(
+                f"step {step + 1}: the loss or its gradient is not a finite number (loss {values['loss']}, "
+                f"gradient norm {grad_norm}). Nothing was saved. Try a lower --learning_rate, or "
+                "--mixed_precision bf16 or no."
+            )
+        values |= {
+            "reward/mean": rewards.mean().item(),
+            "reward/std": rewards.std(correction=0).item(),
+            "reward/min": rewards.min().item(),
+            "reward/max": rewards.max().item(),
+            "gradient_norm": grad_norm.item() / options.grad_scale,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+        }
+        if options.reward_target is not None:
+            values["reward/above_target"] = (rewards > options.reward_target).float().mean().item()
+        values |= {
+            f"pictures_per_second/{name}": len(rewards) / values[f"seconds/{name}"] for name in seconds
+        }
+        if writer:
+            board.write_scalars(writer, values, step + 1)
+            writer.add_histogram("reward/histogram", rewards, step + 1)
+        bar.set_postfix(
+            reward=f"{rewards.mean():+.3f}", loss=f"{values['loss']:.2e}", lr=f"{values['learning_rate']:.1e}"
+        )
+        if options.validation_steps and ((step + 1) % options.validation_steps == 0 or step + 1 == len(bar)):
+            last_validation = show_validation(step + 1)
+
+    # ---- save
+    if accelerator.is_main_process:
+        path = diffusion.save_lora(
+            parts.unet,
+            output,
+            {
+                "step": options.max_train_steps,
+                "rank": options.rank,
+                "lora_alpha": lora_alpha,
+                "base_model": options.pretrained_model_name_or_path,
+                "reward": options.reward,
+                "resolution": resolution,
+                "guidance_scale": options.guidance_scale,
+                "sampler": "ddpm",
+                "num_inference_steps": options.num_inference_steps,
+            },
+        )
+        if writer:
+            writer.close()
+        print(f"{options.max_train_steps} steps in {time.perf_counter() - started:.0f} s; LoRA in {path}")
+        if options.validation_steps:
+            print(f"validation reward {first_validation:+.3f} -> {last_validation:+.3f}")
+    accelerator.end_training()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory held so far, GiB: the GPU's by torch's allocator, or the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
+if __name__ == "__main__":
+    run_as_command(main)

@@ -1,0 +1,187 @@
+"""A `checkpoint/` in the user's layout with random weights: SD-1.4's and ImageReward's architectures, or tiny
+ones.
+
+python tests/random_checkpoint.py FOLDER --size full
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import BlipTextConfig, BlipVisionConfig, CLIPTextConfig, CLIPTextModel
+
+from refl import imagereward
+
+SIZES = {
+    "full": {
+        "unet": {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "norm_num_groups": 32},
+        "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
+        "attention_heads": 8,
+        "sample_size": 64,
+        "clip": {"width": 768, "layers": 12, "heads": 12, "tokens": 77, "vocabulary": 49408},
+        "vision": {"width": 1024, "layers": 24, "heads": 16, "picture": 224, "patch": 16},
+        "bert": {"width": 768, "layers": 12, "heads": 12, "vocabulary": 30522},
+        "head": (1024, 128, 64, 16, 1),
+    },
+    "tiny": {
+        "unet": {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
+        "vae": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
+        "attention_heads": 2,
+        "sample_size": 8,
+        "clip": {"width": 16, "layers": 1, "heads": 2, "tokens": 77, "vocabulary": 600},
+        "vision": {"width": 32, "layers": 2, "heads": 4, "picture": 32, "patch": 8},
+        "bert": {"width": 24, "layers": 2, "heads": 3, "vocabulary": 100},
+        "head": (16, 8, 8, 4, 1),
+    },
+}
+DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+
+
+def write_checkpoint(folder: str | Path, size: str, seed: int = 0) -> Path:
+    """Write the whole of `checkpoint/` for `size`, weights in float16 where the published ones may be;
+    returns it."""
+    folder, spec = Path(folder), SIZES[size]
+    torch.manual_seed(seed)
+    model = folder / "stable-diffusion-v1-4"
+    unet = UNet2DConditionModel(
+        sample_size=spec["sample_size"],
+        cross_attention_dim=spec["clip"]["width"],
+        attention_head_dim=spec["attention_heads"],  # the number of heads, by an old misnomer
+        down_block_types=DOWN,
+        up_block_types=UP,
+        **spec["unet"],
+    )
+    unet.half().save_pretrained(model / "unet")
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        sample_size=spec["sample_size"] * 8,
+        **spec["vae"],
+    )
+    vae.half().save_pretrained(model / "vae")
+    write_clip(model, **spec["clip"])
+    (model / "scheduler").mkdir()
+    write_json(
+        model / "scheduler" / "scheduler_config.json",
+        {
+            "_class_name": "PNDMScheduler",
+            "_diffusers_version": "0.2.2",
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "num_train_timesteps": 1000,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+        },
+    )
+    write_json(model / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    write_reward(folder, spec)
+    return folder
+
+
+def write_clip(model: Path, width: int, layers: int, heads: int, tokens: int, vocabulary: int) -> None:
+    """Text encoder, and a byte-level tokenizer of the full vocabulary whose words beyond single bytes never
+    occur."""
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=tokens,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+    CLIPTextModel(config).half().save_pretrained(model / "text_encoder")
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's map from bytes to characters
+    characters = [chr(byte) for byte in visible] + [chr(256 + index) for index in range(256 - len(visible))]
+    words = characters + [character + "</w>" for character in characters]
+    words += [f"unused{index}" for index in range(vocabulary - 2 - len(words))]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    (model / "tokenizer").mkdir()
+    write_json(model / "tokenizer" / "vocab.json", {word: index for index, word in enumerate(words)})
+    (model / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    write_json(
+        model / "tokenizer" / "tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": tokens,
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+        },
+    )
+
+
+def write_reward(folder: Path, spec: dict) -> None:
+    """ImageReward.pt, med_config.json (with the extra keys for sizes other than the published) and the
+    tokenizer."""
+    bert, vision = spec["bert"], spec["vision"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(97 + index) for index in range(26))]
+    words += [f"##{chr(97 + index)}" for index in range(26)]
+    words += [f"[unused{index}]" for index in range(bert["vocabulary"] - len(words))]
+    (folder / "bert-base-uncased").mkdir()
+    (folder / "bert-base-uncased" / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer_config = {"do_lower_case": True, "model_max_length": 512, "tokenizer_class": "BertTokenizer"}
+    write_json(folder / "bert-base-uncased" / "tokenizer_config.json", tokenizer_config)
+    model = imagereward.ImageReward(
+        BlipVisionConfig(
+            hidden_size=vision["width"],
+            intermediate_size=4 * vision["width"],
+            num_hidden_layers=vision["layers"],
+            num_attention_heads=vision["heads"],
+            image_size=vision["picture"],
+            patch_size=vision["patch"],
+            layer_norm_eps=1e-6,
+            initializer_range=0.02,
+        ),
+        BlipTextConfig(
+            vocab_size=bert["vocabulary"] + 2,
+            hidden_size=bert["width"],
+            encoder_hidden_size=vision["width"],
+            intermediate_size=4 * bert["width"],
+            num_hidden_layers=bert["layers"],
+            num_attention_heads=bert["heads"],
+            bos_token_id=None,
+            sep_token_id=None,
+        ),
+        imagereward.load_tokenizer(folder / "bert-base-uncased"),
+        spec["head"],
+    )
+    torch.save(imagereward.published_state_dict(model), folder / "ImageReward.pt")
+    med_config = {
+        "hidden_act": "gelu",
+        "hidden_size": bert["width"],
+        "intermediate_size": 4 * bert["width"],
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "model_type": "bert",
+        "num_attention_heads": bert["heads"],
+        "num_hidden_layers": bert["layers"],
+        "pad_token_id": 0,
+        "vocab_size": bert["vocabulary"] + 2,
+        "encoder_width": 768,
+        "add_cross_attention": True,
+    }
+    if vision["heads"] != 16:
+        med_config["vision_num_attention_heads"] = vision["heads"]
+    write_json(folder / "med_config.json", med_config)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    arguments = parser.parse_args()
+    write_checkpoint(arguments.folder, arguments.size)

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Train with the weights under checkpoint/, on two GPUs (one if there is one, the CPU if there is none).
+#
+#   bash train_refl_lora.sh                                   as below
+#   bash train_refl_lora.sh --learning_rate=3e-05 --rank 8    any option of refl_lora.py; the last one given wins
+#   CUDA_VISIBLE_DEVICES=6,7 bash train_refl_lora.sh          choose the GPUs
+#   NUM_PROCESSES=1 bash train_refl_lora.sh                   choose how many processes
+#   bash train_refl_lora.sh --main_process_port 29501         choose the port (a free one is found otherwise)
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python}
+
+# Options of the launcher are taken out; everything else is for refl_lora.py.
+port=0
+options=(--learning_rate=1e-04 --grad_scale 0.01)
+while (($#)); do
+  case $1 in
+    --main_process_port=* | --main-process-port=*) port=${1#*=} ;;
+    --main_process_port | --main-process-port) port=${2:?"--main_process_port needs a number"} && shift ;;
+    *) options+=("$1") ;;
+  esac
+  shift
+done
+
+# Mistakes are reported here, once and in one line, before anything is launched.
+for option in "${options[@]}"; do
+  if [[ $option == --help || $option == -h ]]; then exec "$python" "$here/refl_lora.py" --help; fi
+done
+"$python" "$here/refl_lora.py" --check "${options[@]}"
+
+# GPUs that are visible; bfloat16 where all of them can, else float16. nvidia-smi is asked so that no CUDA starts here.
+gpus=0 precision=no
+if capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) && [[ -n $capabilities ]]; then
+  gpus=$(wc -l <<<"$capabilities")
+  precision=$(awk '$1 < 8 { half = 1 } END { print half ? "fp16" : "bf16" }' <<<"$capabilities")
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true); fi
+fi
+processes=${NUM_PROCESSES:-$((gpus < 2 ? (gpus > 0 ? gpus : 1) : 2))}
+if ((gpus == 0)); then
+  precision=no
+  cores=$(getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+fi
+
+# Without a GPU, --multi_gpu starts several processes over gloo; --cpu would start one only.
+launch=(--num_processes "$processes" --num_machines 1 --mixed_precision "$precision" --dynamo_backend no)
+if ((processes > 1)); then launch+=(--multi_gpu --main_process_port "$port"); fi
+exec "$python" -m accelerate.commands.launch "${launch[@]}" "$here/refl_lora.py" "${options[@]}"
