@@ -37,7 +37,7 @@ from typing import Literal
 import torch
 import tyro
 from accelerate import Accelerator
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -96,7 +96,7 @@ class Options:
     ] = "constant"
     """How the learning rate goes on after the warm-up."""
     lr_warmup_steps: int = 0
-    """Optimizer steps of linear warm-up; "constant" has none."""
+    """Optimizer steps over which the learning rate rises to its full value."""
     adam_beta1: float = 0.9
     """Decay of AdamW's mean of gradients."""
     adam_beta2: float = 0.999
@@ -184,6 +184,11 @@ def check_options(options: Options) -> tuple[int, list[str], list[str]]:
             f"--min_stop {options.min_stop} --max_stop {options.max_stop}: with --num_inference_steps "
             f"{options.num_inference_steps} stop indices run from 0 to {options.num_inference_steps - 1}, "
             "and min_stop must not pass max_stop."
+        )
+    if options.lr_warmup_steps and options.lr_scheduler == "constant":
+        raise UserError(
+            f"--lr_warmup_steps {options.lr_warmup_steps}: the constant schedule has no warm-up; "
+            "take --lr_scheduler constant_with_warmup."
         )
     if options.train_batch_size % options.decode_batch_size:
         raise UserError(
@@ -387,7 +392,10 @@ def main() -> None:
         parts.unet.enable_gradient_checkpointing()
     optimizer = make_optimizer(options, models.lora)
     lr_scheduler = get_scheduler(
-        SchedulerType(options.lr_scheduler), optimizer, options.lr_warmup_steps, options.max_train_steps
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=options.max_train_steps,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=weight_dtype == torch.float16)
 

@@ -25,7 +25,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -174,18 +174,23 @@ def save_lora(unet: UNet2DConditionModel, folder: str | Path, metadata: dict) ->
     """
     weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     adapter = {f"unet.{key}": value for key, value in unet.peft_config["default"].to_dict().items()}
-    path = Path(folder) / LORA_FILE
-    partial = path.with_suffix(".partial")
-    save_file(
+    content = save(
         {f"unet.{key}": value.detach().cpu().contiguous() for key, value in weights.items()},
-        partial,
         metadata={
             "format": "pt",
             LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True, default=sorted),
             METADATA_KEY: json.dumps(metadata, sort_keys=True),
         },
     )
-    with open(partial, "rb") as file:
+    # safetensors writes the metadata in random order; sorted, the same LoRA is the same bytes.
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    path = Path(folder) / LORA_FILE
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header + content[8 + length :])
+        file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
     return path

@@ -91,12 +91,12 @@ def draw(
                     options.resolution,
                 )
             except torch.OutOfMemoryError as error:
-                if batch_size == 1:
+                if len(batch) == 1:
                     raise UserError(
                         "the GPU's memory does not suffice for one picture. Try --dtype fp16, a lower "
                         "--resolution, another GPU (CUDA_VISIBLE_DEVICES), or --device cpu."
                     ) from error
-                batch_size = (batch_size + 1) // 2
+                batch_size = (len(batch) + 1) // 2
                 torch.cuda.empty_cache()
                 bar.write(f"out of memory; going on with {batch_size} pictures at once")
                 continue

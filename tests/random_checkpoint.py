@@ -79,7 +79,20 @@ def write_checkpoint(folder: str | Path, size: str, seed: int = 0) -> Path:
             "steps_offset": 1,
         },
     )
-    write_json(model / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    write_json(
+        model / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": "0.2.2",
+            "feature_extractor": [None, None],
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "PNDMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
     write_reward(folder, spec)
     return folder
 
@@ -155,6 +168,10 @@ def write_reward(folder: Path, spec: dict) -> None:
         imagereward.load_tokenizer(folder / "bert-base-uncased"),
         spec["head"],
     )
+    with torch.no_grad():  # of a scale that makes scores of different pictures and prompts differ
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=weight[0].numel() ** -0.5)
     torch.save(imagereward.published_state_dict(model), folder / "ImageReward.pt")
     med_config = {
         "hidden_act": "gelu",

@@ -1,0 +1,178 @@
+"""DDPM against diffusers' own, and LoRA files against diffusers' own pipeline."""
+
+import json
+
+import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from random_checkpoint import SIZES, write_checkpoint
+from safetensors import safe_open
+
+from refl import diffusion
+from refl.errors import UserError
+
+PROMPTS = ["a red cat", "a blue dog"]
+
+
+def move_lora(lora, scale=0.5):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for matrix in lora:
+            matrix.copy_(torch.randn(matrix.shape, generator=generator) * scale)
+
+
+@pytest.mark.parametrize("num_inference_steps", [1, 4, 20, 40, 50])
+def test_ddpm_is_that_of_diffusers(parts, monkeypatch, num_inference_steps):
+    scheduler = DDPMScheduler.from_config(parts.scheduler_config, clip_sample=False)
+    scheduler.set_timesteps(num_inference_steps)
+    ddpm = diffusion.Ddpm(parts.scheduler_config, num_inference_steps)
+    assert ddpm.timesteps == scheduler.timesteps.tolist()
+    generator = torch.Generator().manual_seed(0)
+    latents, eps, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: noise)
+    for index, t in enumerate(scheduler.timesteps):
+        theirs = scheduler.step(eps, t, latents)
+        torch.testing.assert_close(
+            ddpm.step(latents, eps, index, noise), theirs.prev_sample, rtol=2e-4, atol=2e-5
+        )
+        x0 = ddpm.predict_x0(latents, eps, index)
+        torch.testing.assert_close(x0, theirs.pred_original_sample, rtol=1e-4, atol=1e-5)
+
+
+def test_forty_steps_are_the_published_ones(parts):
+    ddpm = diffusion.Ddpm(parts.scheduler_config, 40)
+    assert ddpm.timesteps[:2] + ddpm.timesteps[-2:] == [976, 951, 26, 1]
+    slopes = [((1 - abar) / abar) ** 0.5 for abar in ddpm.alphas_cumprod]  # |d x0 / d eps|
+    assert [round(slopes[k], 2) for k in (30, 33, 36, 38, 39)] == [0.63, 0.46, 0.29, 0.16, 0.04]
+
+
+def test_clip_sample_is_never_on(parts):
+    # diffusers' default for DDPM is to clip x0 to [-1, 1], which latents are not in.
+    config = {key: value for key, value in parts.scheduler_config.items() if key != "clip_sample"}
+    latents = torch.full((1, 4, 8, 8), 5.0)
+    assert diffusion.Ddpm(config, 40).predict_x0(latents, torch.zeros_like(latents), 39).min() > 4.9
+    assert not diffusion.Ddpm({**config, "clip_sample": True}, 40).predict_x0(latents, latents, 39).max() <= 1
+
+
+def test_other_predictions_are_refused(parts):
+    with pytest.raises(UserError, match="v_prediction"):
+        diffusion.Ddpm({**parts.scheduler_config, "prediction_type": "v_prediction"}, 40)
+
+
+def test_zero_lora_is_the_base_bit_for_bit(parts):
+    latents, t = torch.randn(2, 4, 8, 8), 500
+    embeds = torch.stack(list(diffusion.encode_prompts(parts, PROMPTS)))
+    base = parts.unet(latents, t, embeds).sample
+    lora = diffusion.add_lora(parts.unet, rank=4, alpha=4, seed=0)
+    assert torch.equal(parts.unet(latents, t, embeds).sample, base)
+    move_lora(lora)
+    assert not torch.equal(parts.unet(latents, t, embeds).sample, base)
+    parts.unet.disable_adapters()
+    assert torch.equal(parts.unet(latents, t, embeds).sample, base)
+
+
+def test_lora_sits_in_every_attention_layer_and_is_seeded(parts, tiny):
+    lora = diffusion.add_lora(parts.unet, rank=4, alpha=4, seed=7)
+    attentions = sum(name.endswith(("attn1", "attn2")) for name, _ in parts.unet.named_modules())
+    assert len(lora) == attentions * 4 * 2  # q, k, v, out; two matrices each
+    again = diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float32, "cpu")
+    for ours, theirs in zip(lora, diffusion.add_lora(again.unet, 4, 4, seed=7), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("alpha", [4, 1.5])
+def test_saved_lora_draws_the_same_pictures_in_diffusers(parts, tiny, tmp_path, alpha):
+    model = tiny / "stable-diffusion-v1-4"
+    lora = diffusion.add_lora(parts.unet, rank=4, alpha=alpha, seed=0)
+    move_lora(lora)
+    file = diffusion.save_lora(parts.unet, tmp_path, {"rank": 4, "step": 10})
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+    plain = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    plain.load_lora_weights(str(tmp_path))
+    latents, t = torch.randn(2, 4, 8, 8), 500
+    embeds = torch.stack(list(diffusion.encode_prompts(parts, PROMPTS)))
+    with torch.no_grad():
+        ours, theirs = (unet(latents, t, embeds).sample for unet in (parts.unet, plain.unet))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+    pipeline = diffusion.load_pipeline(model, "pndm", torch.float32, "cpu")
+    base = diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 2.0)
+    diffusion.load_lora(pipeline, file, 1.0)
+    drawn = diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 2.0)
+    assert not torch.allclose(drawn, base, atol=1e-3)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    theirs = plain(
+        PROMPTS, num_inference_steps=4, guidance_scale=2.0, generator=generators, output_type="pt"
+    ).images
+    torch.testing.assert_close(drawn, theirs, rtol=0, atol=1e-4)
+    pipeline.disable_lora()
+    assert torch.equal(diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 2.0), base)
+    pipeline.enable_lora()
+    pipeline.set_adapters("default", 0.0)
+    torch.testing.assert_close(diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 2.0), base, rtol=0, atol=1e-5)
+
+
+def test_metadata_describes_the_lora(parts, tmp_path):
+    diffusion.add_lora(parts.unet, rank=4, alpha=8, seed=0)
+    file = diffusion.save_lora(parts.unet, tmp_path, {"rank": 4, "step": 10})
+    assert diffusion.read_metadata(tmp_path) == diffusion.read_metadata(file) == {"rank": 4, "step": 10}
+    with safe_open(file, "pt") as tensors:
+        adapter = json.loads(tensors.metadata()["lora_adapter_metadata"])
+        assert all(tensors.get_tensor(key).dtype == torch.float32 for key in tensors.keys())  # noqa: SIM118
+    assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (4, 8)
+
+
+def test_a_failed_save_keeps_the_old_file(parts, tmp_path, monkeypatch):
+    diffusion.add_lora(parts.unet, rank=4, alpha=8, seed=0)
+    content = diffusion.save_lora(parts.unet, tmp_path, {"step": 1}).read_bytes()
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(diffusion.os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        diffusion.save_lora(parts.unet, tmp_path, {"step": 2})
+    assert (tmp_path / diffusion.LORA_FILE).read_bytes() == content
+
+
+def test_lora_of_another_architecture_is_refused(parts, tmp_path, monkeypatch):
+    diffusion.add_lora(parts.unet, rank=4, alpha=4, seed=0)
+    file = diffusion.save_lora(parts.unet, tmp_path, {})
+    wider = SIZES["tiny"] | {"unet": SIZES["tiny"]["unet"] | {"block_out_channels": (16, 16, 16, 16)}}
+    monkeypatch.setitem(SIZES, "wider", wider)
+    model = write_checkpoint(tmp_path / "wider", "wider") / "stable-diffusion-v1-4"
+    pipeline = diffusion.load_pipeline(model, "ddpm", torch.float32, "cpu")
+    with pytest.raises(UserError, match="another architecture"):
+        diffusion.load_lora(pipeline, file, 1.0)
+
+
+def test_a_seed_is_a_picture_in_any_batch(tiny):
+    pipeline = diffusion.load_pipeline(tiny / "stable-diffusion-v1-4", "ddpm", torch.float32, "cpu")
+    together = diffusion.generate(pipeline, [*PROMPTS, "x"], [5, 6, 7], 3, 2.0)
+    alone = diffusion.generate(pipeline, PROMPTS[1:], [6], 3, 2.0)
+    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-5)
+    assert together.shape == (3, 3, 64, 64) and together.min() >= 0 and together.max() <= 1
+    assert diffusion.generate(pipeline, PROMPTS, [5, 6], 2, 1.0, resolution=128).shape == (2, 3, 128, 128)
+
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+def test_every_sampler_draws(tiny, sampler):
+    pipeline = diffusion.load_pipeline(tiny / "stable-diffusion-v1-4", sampler, torch.float32, "cpu")
+    assert diffusion.generate(pipeline, PROMPTS, [5, 6], 4, 2.0).isfinite().all()
+
+
+def test_vae_decodes_in_float32_when_the_rest_is_float16(tiny):
+    parts = diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float16, "cpu")
+    assert parts.unet.dtype == torch.float16 and parts.vae.dtype == torch.float32
+    assert diffusion.decode(parts.vae, torch.randn(1, 4, 8, 8).half()).dtype == torch.float32
+
+
+def test_truncated_model_files_are_named(tmp_path):
+    folder = write_checkpoint(tmp_path, "tiny") / "stable-diffusion-v1-4"
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded|can be loaded"):
+        diffusion.load_stable_diffusion(folder, torch.float32, "cpu")

@@ -1,0 +1,165 @@
+"""The gradient of one ReFL step, against plain autograd through the whole chain and against finite
+differences."""
+
+import math
+
+import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+import refl_lora
+from refl import diffusion, randomness
+
+PROMPTS = ["a red cat", "three green apples", "a hill at night, very dark"]
+STEPS, STOP = 6, 4
+
+
+def build(
+    parts, reward, dtype=torch.float64, guidance_scale=1.0
+) -> tuple[refl_lora.Models, torch.Tensor, torch.Tensor]:
+    """Models in `dtype` with a LoRA that is not zero, prompt embeddings, noise."""
+    lora = diffusion.add_lora(parts.unet, rank=2, alpha=3, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for matrix in lora:
+            matrix.copy_(torch.randn(matrix.shape, generator=generator) * 0.3)
+    for part in (parts.unet, parts.vae, parts.text_encoder, reward):
+        part.to(dtype)
+    models = refl_lora.Models(
+        parts.unet, lora, parts.vae, reward, diffusion.Ddpm(parts.scheduler_config, STEPS), guidance_scale
+    )
+    embeds = torch.stack(list(diffusion.encode_prompts(parts, ["", *PROMPTS])))
+    empty, embeds = embeds[:1].expand(len(PROMPTS), -1, -1), embeds[1:]
+    prompt_embeds = embeds if guidance_scale == 1 else torch.stack([empty, embeds])
+    noise = randomness.noise((9, 9), range(len(PROMPTS)), (STEPS, 4, 8, 8)).to(dtype)
+    return models, prompt_embeds, noise
+
+
+def plain_chain(models, parts, prompt_embeds, noise, stop, grad_scale, target, monkeypatch):
+    """Loss and LoRA gradients by diffusers' scheduler and one graph from UNet to loss."""
+    scheduler = DDPMScheduler.from_config(parts.scheduler_config, clip_sample=False)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(STEPS)
+    guidance = models.guidance_scale
+
+    def predict(latents, t):
+        if guidance == 1:
+            return models.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
+        empty, text = (
+            models.unet(latents, t, encoder_hidden_states=embeds).sample for embeds in prompt_embeds
+        )
+        return (1 - guidance) * empty + guidance * text
+
+    latents = noise[:, 0]
+    for index, t in enumerate(scheduler.timesteps[:stop]):
+        monkeypatch.setattr(
+            scheduling_ddpm, "randn_tensor", lambda *_, index=index, **__: noise[:, index + 1]
+        )
+        with torch.no_grad():
+            latents = scheduler.step(predict(latents, t), t, latents).prev_sample
+    t = scheduler.timesteps[stop]
+    x0 = scheduler.step(predict(latents, t), t, latents).pred_original_sample
+    pictures = (models.vae.decode(x0 / models.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    rewards = models.reward(pictures, PROMPTS)
+    loss = grad_scale * (-rewards if target is None else torch.relu(target - rewards)).mean()
+    return loss, rewards, torch.autograd.grad(loss, models.lora)
+
+
+def relative_difference(ours, reference) -> float:
+    ours, reference = (
+        torch.cat([tensor.flatten().double() for tensor in tensors]) for tensors in (ours, reference)
+    )
+    assert reference.norm() > 0
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("stop", [0, STOP, STEPS - 1])
+@pytest.mark.parametrize("target", [2.0, None])
+def test_gradient_is_that_of_the_plain_chain(parts, reward, monkeypatch, guidance_scale, stop, target):
+    models, prompt_embeds, noise = build(parts, reward, guidance_scale=guidance_scale)
+    result = refl_lora.refl_step(models, PROMPTS, prompt_embeds, noise, stop, 0.01, target)
+    loss, rewards, gradients = plain_chain(
+        models, parts, prompt_embeds, noise, stop, 0.01, target, monkeypatch
+    )
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(result.rewards, rewards.detach(), rtol=1e-12, atol=0)
+    assert relative_difference(result.gradients, gradients) < 1e-10
+
+
+def test_gradient_is_that_of_finite_differences(parts, reward):
+    # At stop 0 nothing is rolled out, so the loss depends on the LoRA through the gradient step alone.
+    models, prompt_embeds, noise = build(parts, reward)
+
+    def step():
+        return refl_lora.refl_step(models, PROMPTS, prompt_embeds, noise, 0, 1.0, 2.0)
+
+    gradients = step().gradients
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        direction = [torch.randn(m.shape, generator=generator, dtype=m.dtype) for m in models.lora]
+        slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True)).item()
+        losses = []
+        for move in (1e-5, -2e-5):
+            with torch.no_grad():
+                torch._foreach_add_(models.lora, direction, alpha=move)
+            losses.append(step().loss.item())
+        with torch.no_grad():
+            torch._foreach_add_(models.lora, direction, alpha=1e-5)
+        assert slope == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4)
+
+
+def test_gradient_does_not_depend_on_how_it_is_computed(parts, reward):
+    models, prompt_embeds, noise = build(parts, reward)
+    arguments = (models, PROMPTS, prompt_embeds, noise, STOP, 0.01, 2.0)
+    together = refl_lora.refl_step(*arguments, decode_batch_size=3)
+    one_by_one = refl_lora.refl_step(*arguments, decode_batch_size=1)
+    scaled = refl_lora.refl_step(*arguments, loss_scale=1024.0)
+    parts.unet.enable_gradient_checkpointing()
+    recomputed = refl_lora.refl_step(*arguments)
+    assert relative_difference(one_by_one.gradients, together.gradients) < 1e-10
+    assert relative_difference([g / 1024 for g in scaled.gradients], together.gradients) < 1e-10
+    assert relative_difference(recomputed.gradients, together.gradients) < 1e-10
+    assert scaled.loss.item() == pytest.approx(together.loss.item(), rel=1e-12)
+
+
+def test_pictures_above_the_target_give_no_gradient(parts, reward):
+    models, prompt_embeds, noise = build(parts, reward)
+    result = refl_lora.refl_step(models, PROMPTS, prompt_embeds, noise, STOP, 0.01, -100.0)
+    assert result.loss.item() == 0
+    assert all(gradient.abs().max() == 0 for gradient in result.gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_half_precision_keeps_the_lora_in_float32(parts, reward, tiny, dtype):
+    exact_models, exact_embeds, noise = build(parts, reward)
+    exact = refl_lora.refl_step(exact_models, PROMPTS, exact_embeds, noise, STOP, 0.01, 2.0)
+    half_parts = diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", dtype, "cpu")
+    lora = diffusion.add_lora(half_parts.unet, rank=2, alpha=3, seed=0)
+    with torch.no_grad():
+        for matrix, value in zip(lora, exact_models.lora, strict=True):
+            matrix.copy_(value)
+    assert {matrix.dtype for matrix in lora} == {torch.float32}
+    assert {p.dtype for p in half_parts.unet.parameters() if not p.requires_grad} == {dtype}
+    half_reward = refl_lora.REWARDS["imagereward"](tiny, torch.device("cpu"), dtype)
+    models = refl_lora.Models(half_parts.unet, lora, half_parts.vae, half_reward, exact_models.ddpm)
+    half = refl_lora.refl_step(models, PROMPTS, exact_embeds.to(dtype), noise.float(), STOP, 0.01, 2.0)
+    assert half.rewards.dtype == torch.float32
+    assert {gradient.dtype for gradient in half.gradients} == {torch.float32}
+    # Half precision has 8 bits: the direction of the gradient is that of float64 to a few per cent.
+    ours, reference = (torch.cat([g.flatten().double() for g in r.gradients]) for r in (half, exact))
+    assert torch.cosine_similarity(ours, reference, dim=0) > 0.98
+    torch.testing.assert_close(half.rewards.double(), exact.rewards, atol=0.02, rtol=0)
+
+
+def test_saturated_share_is_counted(parts, reward):
+    models, prompt_embeds, noise = build(parts, reward)
+    with torch.no_grad():
+        latents = refl_lora.rollout(models, noise, prompt_embeds, STOP)
+        eps = refl_lora.predict_noise(models, latents, STOP, prompt_embeds)
+        pictures = diffusion.decode(models.vae, models.ddpm.predict_x0(latents, eps, STOP))
+    share = ((pictures < 0) | (pictures > 1)).double().mean().item()
+    result = refl_lora.refl_step(models, PROMPTS, prompt_embeds, noise, STOP, 0.01, 2.0)
+    assert result.saturated.item() == pytest.approx(share, abs=1e-6)
+    assert not math.isnan(share)
