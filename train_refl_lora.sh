@@ -8,7 +8,16 @@
 #   bash train_refl_lora.sh --main_process_port 29501         choose the port (a free one is found otherwise)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=${PYTHON:-python}
+
+# $PYTHON if it is set; else the active environment, or the .venv that demo/run.sh makes: the first that has what it takes.
+for python in ${PYTHON:-python "$here/.venv/bin/python"}; do
+  find='from importlib.util import find_spec as f; import sys; sys.exit(not all(map(f, ("accelerate", "peft", "tyro"))))'
+  if "$python" -c "$find" 2>/dev/null; then ready=yes && break; fi
+done
+if [[ -z ${ready:-} ]]; then
+  echo "error: the requirements are not installed. Run: pip install -r $here/requirements.txt" >&2
+  exit 2
+fi
 
 # Options of the launcher are taken out; everything else is for refl_lora.py.
 port=0

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.judge import grade  # noqa: E402
+from judge import grade  # noqa: E402
 from refl import board, diffusion, imagereward  # noqa: E402
 from refl.prompts import read_prompts  # noqa: E402
 

@@ -76,6 +76,13 @@ def load_stable_diffusion(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(folder, error) from error
+    if (
+        len(parts.tokenizer) != parts.text_encoder.config.vocab_size
+    ):  # an empty folder makes an empty tokenizer
+        raise UserError(
+            f"{folder}/tokenizer does not fit the text encoder: {len(parts.tokenizer)} tokens instead of "
+            f"{parts.text_encoder.config.vocab_size}. Copy the folder again from its source."
+        )
     for part in (parts.text_encoder, parts.vae, parts.unet):
         part.requires_grad_(False).eval().to(device)
     return parts

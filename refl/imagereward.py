@@ -146,7 +146,10 @@ def preprocess(images: Tensor, size: int) -> Tensor:
 def load_tokenizer(folder: str | Path) -> BertTokenizer:
     """BERT's tokenizer with the two tokens that BLIP adds; `[CLS]` stays first, as in the published
     scorer."""
-    tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception for files it cannot parse
+        raise UserError(f"{folder} holds no tokenizer of BERT that can be read ({error}).") from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_tokens(["[ENC]"], special_tokens=True)
     return tokenizer
@@ -171,11 +174,18 @@ def load(
             f"{folder}: ImageReward.pt and med_config.json are not those of an ImageReward model "
             f"({type(error).__name__}: {error}). Get both from THUDM/ImageReward on the Hugging Face Hub."
         ) from error
+    tokenizer = load_tokenizer(folder / "bert-base-uncased")
+    if len(tokenizer) != text_config.vocab_size:  # transformers makes an empty one of an empty folder
+        raise UserError(
+            f"{folder / 'bert-base-uncased'} does not fit ImageReward.pt: {len(tokenizer)} tokens instead of "
+            f"{text_config.vocab_size}. vocab.txt, tokenizer.json and tokenizer_config.json of "
+            "google-bert/bert-base-uncased belong there."
+        )
     with torch.device("meta"):  # no random initialisation of weights that are about to be replaced
         model = ImageReward(
             vision_config,
             text_config,
-            load_tokenizer(folder / "bert-base-uncased"),
+            tokenizer,
             head_widths,
             med_config.get("score_mean", SCORE_MEAN),
             med_config.get("score_std", SCORE_STD),

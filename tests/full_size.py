@@ -42,7 +42,8 @@ def test_one_step_trains_and_the_lora_reloads(full, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a lighthouse on a cliff\na bowl of cherries\n")
     run = run_script(
-        "bash", "train_refl_lora.sh", *weight_options(full), f"--prompts={prompts}", f"--validation_prompts={prompts}",
+        "bash", "train_refl_lora.sh", *weight_options(full),
+        f"--prompts={prompts}", f"--validation_prompts={prompts}",
         "--output_dir", tmp_path / "out",
         *"--resolution 64 --num_inference_steps 2 --min_stop 1 --max_stop 1 --train_batch_size 1".split(),
         *"--gradient_accumulation_steps 1 --max_train_steps 1 --num_validation_images 1".split(),

@@ -170,6 +170,14 @@ def test_vae_decodes_in_float32_when_the_rest_is_float16(tiny):
     assert diffusion.decode(parts.vae, torch.randn(1, 4, 8, 8).half()).dtype == torch.float32
 
 
+def test_an_empty_tokenizer_is_refused(tmp_path):
+    folder = write_checkpoint(tmp_path, "tiny") / "stable-diffusion-v1-4"
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="tokenizer"):
+        diffusion.load_stable_diffusion(folder, torch.float32, "cpu")
+
+
 def test_truncated_model_files_are_named(tmp_path):
     folder = write_checkpoint(tmp_path, "tiny") / "stable-diffusion-v1-4"
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"

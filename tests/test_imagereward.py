@@ -138,6 +138,14 @@ def test_wrong_files_are_refused_by_name(copy):
         imagereward.load(copy)
 
 
+def test_an_empty_tokenizer_is_refused(copy):
+    # transformers makes a tokenizer of five words of a folder without vocabulary, and says nothing.
+    for file in (copy / "bert-base-uncased").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="does not fit ImageReward.pt: 7 tokens instead of 102"):
+        imagereward.load(copy)
+
+
 def test_pickled_code_is_not_run(copy):
     class Attack:
         def __reduce__(self):

@@ -46,7 +46,8 @@ def trained(tiny, tmp_path_factory):
     common = [
         *weight_options(tiny),
         f"--prompts={folder / 'prompts.json'}",
-        *"--num_inference_steps 4 --min_stop 1 --max_stop 3 --max_train_steps 3 --rank 3 --lora_alpha 6".split(),
+        *"--num_inference_steps 4 --min_stop 1 --max_stop 3 --max_train_steps 3".split(),
+        *"--rank 3 --lora_alpha 6".split(),
         *"--gradient_accumulation_steps 2 --num_validation_images 3 --validation_steps 2".split(),
         *"--lr_scheduler cosine --lr_warmup_steps 1 --learning_rate=1e-2".split(),
     ]
@@ -101,8 +102,8 @@ def test_tensorboard_holds_everything(trained):
     scalars = set(board.Tags()["scalars"])
     phases = ("rollout", "grad_step", "decode", "reward", "backward", "optimizer", "total")
     assert scalars >= {
-        "loss", "reward/mean", "reward/std", "reward/min", "reward/max", "reward/above_target", "gradient_norm",
-        "learning_rate", "pictures/saturated", "memory/peak_gib", "validation/reward",
+        "loss", "reward/mean", "reward/std", "reward/min", "reward/max", "reward/above_target",
+        "gradient_norm", "learning_rate", "pictures/saturated", "memory/peak_gib", "validation/reward",
         *(f"seconds/{phase}" for phase in phases), *(f"pictures_per_second/{phase}" for phase in phases),
     }  # fmt: skip
     by_stop = {tag: len(board.Scalars(tag)) for tag in scalars if tag.startswith("gradient_norm_by_stop/")}
@@ -203,7 +204,8 @@ def drawn(tiny, trained, tmp_path_factory):
     before = run_script(sys.executable, "inference.py", "--output_dir", folder / "sd14", *common)
     assert before.returncode == 0, before.stderr
     after = run_script(
-        sys.executable, "inference_lora.py", "--output_dir", folder / "lora", "--lora_path", trained / "world2",
+        sys.executable, "inference_lora.py", "--output_dir", folder / "lora",
+        "--lora_path", trained / "world2",
         "--reward_path", tiny, *common,
     )  # fmt: skip
     assert after.returncode == 0, after.stderr
@@ -233,7 +235,8 @@ def test_inference_lora_at_scale_zero_is_inference(drawn, trained, tiny, tmp_pat
     run_in_process(
         inference_lora, monkeypatch, "--lora_path", trained / "world2", "--lora_scale", "0", "--no_compare",
         "--output_dir", tmp_path, *weight_options(tiny),
-        *"--num_images_per_prompt 3 --num_inference_steps 4 --seed 11 --prompt".split(), "a red cat", "two dogs",
+        *"--num_images_per_prompt 3 --num_inference_steps 4 --seed 11 --prompt".split(),
+        "a red cat", "two dogs",
     )  # fmt: skip
     for index in range(6):
         ours, base = (
