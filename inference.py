@@ -5,11 +5,12 @@ python inference.py --prompt "a red fox" --seed 7 --num_images_per_prompt 1
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from refl import board, doctor, drawing
+from refl.errors import run_as_command
 
 import tyro
-
-from refl import doctor, drawing
-from refl.errors import run_as_command
 
 
 @dataclass
@@ -26,9 +27,12 @@ def main() -> None:
     doctor.check_weights(options.pretrained_model_name_or_path, None)
     prompts = drawing.check(options)
     pipeline = drawing.pipeline(options)
-    paths = drawing.draw_to_files(pipeline, prompts, options, options.output_dir, "drawing")
-    print(f"{len(paths)} pictures in {options.output_dir}")
+    output = Path(options.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    for index, picture in enumerate(drawing.draw(pipeline, prompts, options, "drawing")):
+        board.save_picture(picture, output / f"{index}.png")
+    print(f"{len(prompts) * options.num_images_per_prompt} pictures in {output}")
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    run_as_command(main, drawing.OUT_OF_MEMORY)

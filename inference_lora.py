@@ -5,18 +5,19 @@ python inference_lora.py --lora_path other.safetensors --lora_scale 0.8 --prompt
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-import tyro
-from torch import Tensor
 
 from refl import board, diffusion, doctor, drawing
 from refl.errors import UserError, run_as_command
-from refl.rewards import REWARDS
+from refl.files import write_whole
+from refl.rewards import REWARDS, Reward
+
+import torch
+import tyro
 
 PAIRS_A_ROW, MAX_PAIRS = 5, 40  # of grid.png
+AS_TRAINED = ("guidance_scale", "sampler", "num_inference_steps", "resolution")
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Options(drawing.DrawingOptions):
     """A LoRA for this model, file or folder: ours, diffusers' or kohya's format."""
     lora_scale: float = 1.0
     """How much of the LoRA to apply; 0 is the model as it is."""
+    as_trained: bool = False
+    """Draw with the guidance, sampler, steps and resolution that the LoRA was trained with."""
     compare: bool = True
     """Draw the pictures without the LoRA as well, for grid.png."""
     reward: str = "imagereward"
@@ -42,76 +45,84 @@ def main() -> None:
     # ---- options
     options = tyro.cli(Options, use_underscores=True)
     doctor.check_weights(options.pretrained_model_name_or_path, None)
-    prompts = drawing.check(options)
     if options.reward not in REWARDS:
         raise UserError(f"--reward {options.reward}: known rewards are {', '.join(REWARDS)}.")
     metadata = diffusion.read_metadata(options.lora_path)
-    for name in ("guidance_scale", "sampler", "resolution"):
-        asked = getattr(options, name)
-        if name in metadata and asked is not None and asked != metadata[name]:
-            print(f"note: this LoRA was trained with --{name} {metadata[name]}, drawing with {asked}")
+    trained = {name: metadata[name] for name in AS_TRAINED if name in metadata}
+    if options.as_trained:
+        options = replace(options, **trained)
+    else:
+        others = [
+            f"--{name} {value}"
+            for name, value in trained.items()
+            if getattr(options, name) not in (value, None)
+        ]
+        if others:
+            print(f"note: this LoRA was trained with {' '.join(others)}; --as_trained draws so")
+    prompts = drawing.check(options)
 
-    # ---- pictures
+    # ---- models
     pipeline = drawing.pipeline(options)
     diffusion.load_lora(pipeline, options.lora_path, options.lora_scale)
-    after = drawing.draw_to_files(pipeline, prompts, options, options.output_dir, "drawing with the LoRA")
-    print(f"{len(after)} pictures in {options.output_dir}")
-    if not options.compare:
-        return
-    pipeline.disable_lora()
-    before = list(drawing.draw(pipeline, prompts, options, "drawing without it"))
-    prompts = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
-
-    # ---- rewards
-    pictures = {"before": before, "after": [board.read_picture(path) for path in after]}
-    rewards = {}
+    reward = None
     try:
         doctor.check_weights(options.pretrained_model_name_or_path, options.reward_path)
         reward = REWARDS[options.reward](options.reward_path, pipeline.device, torch.float32)
     except UserError as error:
         print(f"no rewards shown: {error}")
-    else:
-        rewards = {side: score(reward, side_pictures, prompts) for side, side_pictures in pictures.items()}
-        means = {side: sum(values) / len(values) for side, values in rewards.items()}
-        print(f"{options.reward}: before {means['before']:+.3f}, after {means['after']:+.3f}, ", end="")
-        print(f"difference {means['after'] - means['before']:+.3f}")
-        rows = [
-            {"file": path.name, "prompt": prompt, "seed": options.seed + index}
-            | {side: values[index] for side, values in rewards.items()}
-            for index, (path, prompt) in enumerate(zip(after, prompts, strict=True))
+
+    # ---- pictures: after, then before; those of the grid are kept
+    output = Path(options.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    kept, rewards = {"before": [], "after": []}, {"before": [], "after": []}
+    wanted = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
+    for side in ("after", "before") if options.compare else ("after",):
+        if side == "before":
+            pipeline.disable_lora()
+        drawn = drawing.draw(pipeline, prompts, options, f"drawing {side}")
+        for index, (picture, prompt) in enumerate(zip(drawn, wanted, strict=True)):
+            if side == "after":
+                board.save_picture(picture, output / f"{index}.png")
+            if reward:
+                rewards[side].append(score(reward, picture, prompt, pipeline.device))
+            if index < MAX_PAIRS:
+                kept[side].append(picture)
+    print(f"{len(wanted)} pictures in {output}")
+
+    # ---- rewards
+    sides = [side for side in ("before", "after") if rewards[side]]
+    if sides:
+        means = {side: sum(rewards[side]) / len(wanted) for side in sides}
+        print(f"{options.reward}: " + ", ".join(f"{side} {mean:+.3f}" for side, mean in means.items()))
+        pictures = [
+            {"file": f"{index}.png", "prompt": prompt, "seed": options.seed + index}
+            | {side: rewards[side][index] for side in sides}
+            for index, prompt in enumerate(wanted)
         ]
-        partial = Path(options.output_dir, "rewards.json.partial")
-        partial.write_text(json.dumps({"mean": means, "pictures": rows}, indent=2) + "\n")
-        partial.replace(partial.with_suffix(""))
+        write_whole(
+            output / "rewards.json", json.dumps({"mean": means, "pictures": pictures}, indent=2) + "\n"
+        )
 
     # ---- grid: before above after
-    sheet, captions = [], []
-    for start in range(0, min(len(prompts), MAX_PAIRS), PAIRS_A_ROW):
-        for side, side_pictures in pictures.items():
-            chunk = range(start, min(start + PAIRS_A_ROW, len(prompts), MAX_PAIRS))
-            sheet.append([board.to_pil(side_pictures[index]) for index in chunk])
-            captions.append(
-                [
-                    f"{side} {rewards[side][index]:+.2f}  {prompts[index]}"
-                    if rewards
-                    else f"{side}  {prompts[index]}"
-                    for index in chunk
-                ]
-            )
-    path = Path(options.output_dir, "grid.png")
-    board.save_picture(board.grid(sheet, captions), path)
-    print(f"before and after: {path}")
+    if options.compare:
+        rows, captions = [], []
+        for start in range(0, len(kept["after"]), PAIRS_A_ROW):
+            for side, pictures in kept.items():
+                indices = range(start, min(start + PAIRS_A_ROW, len(pictures)))
+                rows.append([pictures[index] for index in indices])
+                values = [f"{rewards[side][index]:+.2f}  " if rewards[side] else "" for index in indices]
+                captions.append(
+                    [f"{side}  {value}{wanted[index]}" for value, index in zip(values, indices, strict=True)]
+                )
+        board.save_picture(board.grid(rows, captions), output / "grid.png")
+        print(f"before and after: {output / 'grid.png'}")
 
 
 @torch.no_grad()
-def score(reward, pictures: list[Tensor], prompts: list[str]) -> list[float]:
-    """The reward of each picture (3, H, W) in [0, 1] for its prompt."""
-    device = next(reward.parameters()).device
-    return [
-        reward(picture[None].to(device), [prompt]).item()
-        for picture, prompt in zip(pictures, prompts, strict=True)
-    ]
+def score(reward: Reward, picture, prompt: str, device: torch.device) -> float:
+    """The reward of one PIL picture for its prompt."""
+    return reward(board.to_tensor(picture)[None].to(device), [prompt]).item()
 
 
 if __name__ == "__main__":
-    run_as_command(main)
+    run_as_command(main, drawing.OUT_OF_MEMORY)

@@ -1,11 +1,14 @@
 """Reward Feedback Learning (ReFL) with LoRA: teach Stable Diffusion what people prefer by backpropagating a
 reward.
 
-Algorithm 1 of Xu et al. 2023 (arXiv 2304.05977), reward part, for each batch of prompts c:
+Algorithm 1 of Xu et al. 2023 (arXiv 2304.05977), reward part. For each batch of prompts c:
 
-    x_T ~ N(0, I);  k ~ U{min_stop, ..., max_stop} without gradient:  x_T -> x_k by DDPM with gradient:     x0
-    = (x_k - sqrt(1 - abar_k) eps(x_k, k, c)) / sqrt(abar_k);  r = ImageReward(c, decode(x0)) loss =
-    grad_scale * mean(relu(reward_target - r));  AdamW on the LoRA matrices
+    x_T ~ N(0, I),  k ~ U{min_stop, ..., max_stop}
+    x_T -> x_k by DDPM, without gradient
+    eps = unet(x_k, t_k, c);  x0 = (x_k - sqrt(1 - abar_k) eps) / sqrt(abar_k)
+    r = ImageReward(c, decode(x0))
+    loss = grad_scale * mean(relu(reward_target - r))
+    one step of AdamW on the LoRA matrices
 
 Departures from the published code, each for a reason:
 
@@ -31,8 +34,15 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+
+from refl import board, diffusion, doctor, randomness
+from refl.errors import UserError, run_as_command
+from refl.files import write_whole
+from refl.prompts import prompt_index, read_prompts
+from refl.rewards import REWARDS, Reward
 
 import torch
 import tyro
@@ -41,11 +51,6 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-from refl import board, diffusion, doctor, randomness
-from refl.errors import UserError, run_as_command
-from refl.prompts import prompt_index, read_prompts
-from refl.rewards import REWARDS, Reward
 
 # ---------------------------------------------------------------------------------------------------- options
 
@@ -96,7 +101,7 @@ class Options:
     ] = "constant"
     """How the learning rate goes on after the warm-up."""
     lr_warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises to its full value."""
+    """Optimizer steps over which the learning rate rises to its full value, the first of them at 0."""
     adam_beta1: float = 0.9
     """Decay of AdamW's mean of gradients."""
     adam_beta2: float = 0.999
@@ -108,7 +113,7 @@ class Options:
     max_grad_norm: float = 1.0
     """The gradient of an optimizer step is clipped to this norm."""
     use_8bit_adam: bool = False
-    """Keep AdamW's state in 8 bits; needs the package bitsandbytes."""
+    """Keep AdamW's state in 8 bits (that of small matrices stays in 32); needs the package bitsandbytes."""
 
     # ReFL
     grad_scale: float = 0.01
@@ -129,7 +134,7 @@ class Options:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the frozen parts; the LoRA stays in float32. None: as launched."""
     gradient_checkpointing: bool = False
-    """Recompute the UNet's activations in the backward pass: much less memory, about 1 % more time."""
+    """Recompute UNet's and decoder's activations in the backward pass: much less memory, some more time."""
     decode_batch_size: int = 1
     """Pictures decoded and scored at once; must divide --train_batch_size. Higher: more memory."""
     allow_tf32: bool = False
@@ -149,60 +154,66 @@ class Options:
 
 
 def read_options(arguments: list[str]) -> Options:
-    """Options from the command line, on top of those of --options_file if it is given."""
+    """Options from the command line; those of --options_file come first, so that the command line wins."""
     options = tyro.cli(Options, args=arguments, use_underscores=True)
     if options.options_file is None:
         return options
     try:
         saved = json.loads(Path(options.options_file).read_text())
-        unknown = saved.keys() - {field.name for field in dataclasses.fields(Options)}
+        saved = [_as_argument(name, value) for name, value in saved.items()]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--options_file {options.options_file} cannot be read ({error}).") from error
-    if unknown:
-        raise UserError(f"--options_file {options.options_file}: unknown {', '.join(sorted(unknown))}.")
-    return tyro.cli(
-        Options, args=arguments, use_underscores=True, default=dataclasses.replace(Options(), **saved)
-    )
+    return tyro.cli(Options, args=[*saved, *arguments], use_underscores=True)
 
 
-def check_options(options: Options) -> tuple[int, list[str], list[str]]:
-    """Resolution, training and validation prompts; raises `UserError` for whatever is wrong. Loads no
-    weights."""
-    lowest = {
-        "rank": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "max_train_steps": 1,
-        "lr_warmup_steps": 0, "num_inference_steps": 1, "min_stop": 0, "decode_batch_size": 1,
-        "validation_steps": 0, "num_validation_images": 1, "seed": 0,
-    }  # fmt: skip
-    for name, low in lowest.items():
-        if getattr(options, name) < low:
-            raise UserError(f"--{name} {getattr(options, name)}: must be {low} or more.")
-    for name in ("learning_rate", "grad_scale", "max_grad_norm", "guidance_scale", "adam_epsilon"):
-        if not 0 < getattr(options, name) < math.inf:
-            raise UserError(f"--{name} {getattr(options, name)}: must be positive.")
-    if not options.min_stop <= options.max_stop < options.num_inference_steps:
-        raise UserError(
-            f"--min_stop {options.min_stop} --max_stop {options.max_stop}: with --num_inference_steps "
-            f"{options.num_inference_steps} stop indices run from 0 to {options.num_inference_steps - 1}, "
-            "and min_stop must not pass max_stop."
-        )
-    if options.lr_warmup_steps and options.lr_scheduler == "constant":
-        raise UserError(
-            f"--lr_warmup_steps {options.lr_warmup_steps}: the constant schedule has no warm-up; "
-            "take --lr_scheduler constant_with_warmup."
-        )
-    if options.train_batch_size % options.decode_batch_size:
-        raise UserError(
-            f"--decode_batch_size {options.decode_batch_size} does not divide --train_batch_size "
-            f"{options.train_batch_size}."
-        )
-    if options.reward not in REWARDS:
-        raise UserError(f"--reward {options.reward}: known rewards are {', '.join(REWARDS)}.")
+def _as_argument(name: str, value: str | int | float | bool | None) -> str:
+    return f"--{name if value else 'no_' + name}" if isinstance(value, bool) else f"--{name}={value}"
+
+
+def check_options(options: Options) -> None:
+    """Raises `UserError` for whatever can be seen to be wrong without loading weights."""
+    o = options
+    for names, is_right, demand in (
+        (
+            "rank train_batch_size gradient_accumulation_steps max_train_steps",
+            lambda v: v >= 1,
+            "be 1 or more",
+        ),
+        ("num_inference_steps decode_batch_size num_validation_images", lambda v: v >= 1, "be 1 or more"),
+        ("lr_warmup_steps min_stop validation_steps seed", lambda v: v >= 0, "be 0 or more"),
+        ("learning_rate grad_scale guidance_scale adam_epsilon", lambda v: 0 < v < math.inf, "be positive"),
+        ("lora_alpha", lambda v: v is None or 0 < v < math.inf, "be positive"),
+        ("max_grad_norm", lambda v: v > 0, "be positive; inf does not clip"),
+        ("adam_weight_decay", lambda v: 0 <= v < math.inf, "be 0 or more"),
+        ("adam_beta1 adam_beta2", lambda v: 0 <= v < 1, "be at least 0 and below 1"),
+        ("reward_target", lambda v: v is None or math.isfinite(v), "be a number, or None"),
+        ("reward", lambda v: v in REWARDS, f"be one of {', '.join(REWARDS)}"),
+        ("use_8bit_adam", lambda v: not v or find_spec("bitsandbytes"), "have: pip install bitsandbytes"),
+        (
+            "decode_batch_size",
+            lambda v: o.train_batch_size % v == 0,
+            f"divide --train_batch_size {o.train_batch_size}",
+        ),
+        ("max_stop", lambda v: o.min_stop <= v, f"not be below --min_stop {o.min_stop}"),
+        (
+            "max_stop",
+            lambda v: v < o.num_inference_steps,
+            f"be below --num_inference_steps {o.num_inference_steps}: denoising steps are counted from 0",
+        ),
+        (
+            "lr_warmup_steps",
+            lambda v: v == 0 or o.lr_scheduler != "constant",
+            "be 0 for the constant schedule; take --lr_scheduler constant_with_warmup",
+        ),
+    ):
+        for name in names.split():
+            if not is_right(getattr(options, name)):
+                raise UserError(f"--{name} {getattr(options, name)}: must {demand}.")
     doctor.check_weights(options.pretrained_model_name_or_path, options.reward_path)
-    doctor.check_model(options.pretrained_model_name_or_path)
-    resolution = doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
-    prompts, validation_prompts = read_prompts(options.prompts), read_prompts(options.validation_prompts)
+    doctor.check_model(options.pretrained_model_name_or_path, options.num_inference_steps)
+    doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
+    read_prompts(options.prompts), read_prompts(options.validation_prompts)
     doctor.check_output_folder(options.output_dir)
-    return resolution, prompts, validation_prompts
 
 
 # ---------------------------------------------------------------------------------------------- one ReFL step
@@ -226,7 +237,7 @@ class StepResult:
 
     loss: Tensor  # (), grad_scale * mean over the batch
     rewards: Tensor  # (B,)
-    gradients: list[Tensor]  # d loss / d LoRA, times loss_scale, one for each matrix
+    gradients: tuple[Tensor, ...]  # scale(d loss / d LoRA), one for each matrix
     saturated: Tensor  # (), share of colour values that decode outside [0, 1], where the gradient is zero
 
 
@@ -268,11 +279,13 @@ def refl_step(
     grad_scale: float,
     reward_target: float | None,
     decode_batch_size: int = 1,
-    loss_scale: float = 1.0,
-    phase: Callable[[str], AbstractContextManager] = nullcontext,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+    phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
 ) -> StepResult:
-    """Loss and its gradient for one batch; `prompt_embeds` and `noise` as in `predict_noise` and
-    `rollout`."""
+    """Loss and its gradient for one batch; `prompt_embeds` and `noise` as in `predict_noise`, `rollout`.
+
+    `scale` keeps small gradients from vanishing in float16 (a GradScaler's); `phase` times its block.
+    """
     # x_T -> x_k, and the value of x0, without gradient
     with phase("rollout"), torch.no_grad():
         latents = rollout(models, noise, prompt_embeds, stop)
@@ -290,7 +303,7 @@ def refl_step(
             shortfall = -reward if reward_target is None else (reward_target - reward).relu()
             loss = grad_scale * shortfall.sum() / len(prompts)
         with phase("backward"):
-            x0_gradients += torch.autograd.grad(loss_scale * loss, leaf)
+            x0_gradients += torch.autograd.grad(scale(loss), leaf)
         losses.append(loss.detach())
         rewards.append(reward.detach())
         saturated.append(((pictures < 0) | (pictures > 1)).float().mean())
@@ -300,9 +313,8 @@ def refl_step(
         x0 = models.ddpm.predict_x0(latents, predict_noise(models, latents, stop, prompt_embeds), stop)
     with phase("backward"):
         gradients = torch.autograd.grad(x0, models.lora, grad_outputs=torch.cat(x0_gradients))
-    return StepResult(
-        torch.stack(losses).sum(), torch.cat(rewards), list(gradients), torch.stack(saturated).mean()
-    )  # fmt: skip
+    loss, saturated = torch.stack(losses).sum(), torch.stack(saturated).mean()
+    return StepResult(loss, torch.cat(rewards), gradients, saturated)
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -342,16 +354,11 @@ def validate(
 
 def make_optimizer(options: Options, lora: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, its state in 8 bits if so asked."""
-    optimizer_class = torch.optim.AdamW
     if options.use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise UserError(
-                "--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes."
-            ) from error
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    return optimizer_class(
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    return AdamW(
         lora,
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
@@ -360,22 +367,53 @@ def make_optimizer(options: Options, lora: list[torch.nn.Parameter]) -> torch.op
     )
 
 
+def step_numbers(
+    results: list[StepResult],
+    stops: list[int],
+    norms: list[Tensor],
+    seconds: dict[str, float],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """What one process has to log of an optimizer step, by tag; () each, to be averaged over processes."""
+    numbers = {
+        f"gradient_norm_by_stop/{k}": torch.stack(
+            [n for n, stop in zip(norms, stops, strict=True) if stop == k]
+        ).mean()
+        for k in sorted(set(stops))
+    }
+    numbers["loss"] = torch.stack([result.loss for result in results]).mean()
+    numbers["pictures/saturated"] = torch.stack([result.saturated for result in results]).mean()
+    numbers |= {f"seconds/{name}": torch.tensor(value) for name, value in seconds.items()}
+    numbers["memory/peak_gib"] = torch.tensor(peak_memory(device))
+    return numbers
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory held so far, GiB: the GPU's by torch's allocator, or the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
 def main() -> None:
     """Options, models, data, loop, save."""
     # ---- options
     options = read_options(sys.argv[1:])
-    resolution, prompts, validation_prompts = check_options(options)
+    check_options(options)
     if options.check:
         return
-    validation_prompts = (
-        validation_prompts[: options.num_validation_images] if options.validation_steps else []
-    )
+    resolution = doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
+    prompts = read_prompts(options.prompts)
+    validation_prompts = read_prompts(options.validation_prompts)[: options.num_validation_images]
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.mixed_precision)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
         accelerator.mixed_precision
     ]
+    if options.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, no GPU being visible"
+    accelerator.print(f"{world} process{'es' * (world > 1)} on {name}, frozen parts in {weight_dtype}")
 
     # ---- models
     parts = diffusion.load_stable_diffusion(options.pretrained_model_name_or_path, weight_dtype, device)
@@ -390,6 +428,7 @@ def main() -> None:
     )
     if options.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()
+        parts.vae.enable_gradient_checkpointing()
     optimizer = make_optimizer(options, models.lora)
     lr_scheduler = get_scheduler(
         options.lr_scheduler,
@@ -429,15 +468,15 @@ def main() -> None:
 
     # ---- output
     output = Path(options.output_dir)
+    saved_options = {
+        name: value for name, value in dataclasses.asdict(options).items() if name != "options_file"
+    }
     writer = None
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        saved = {name: value for name, value in dataclasses.asdict(options).items() if name != "options_file"}
-        (output / "options.json.partial").write_text(json.dumps(saved, indent=2) + "\n")
-        (output / "options.json.partial").replace(output / "options.json")
         if options.report_to == "tensorboard":
             writer = SummaryWriter(output / options.logging_dir, purge_step=0)
-            board.write_options(writer, saved)
+            board.write_options(writer, saved_options)
 
     def show_validation(step: int) -> float:
         pictures, rewards = validate(
@@ -463,7 +502,8 @@ def main() -> None:
     started = time.perf_counter()
     for step in bar:
         step_started = time.perf_counter()
-        gradients, results, stops, norms = None, [], [], []
+        results, stops, norms = [], [], []
+        gradients = [torch.zeros_like(matrix) for matrix in models.lora]
         for micro_step in range(micro_steps):
             stop = randomness.stop_index(options.seed, step, micro_step, options.min_stop, options.max_stop)
             key = (randomness.NOISE, options.seed, step, micro_step)
@@ -477,51 +517,46 @@ def main() -> None:
                 options.grad_scale,
                 options.reward_target,
                 options.decode_batch_size,
-                scaler.get_scale(),
+                scaler.scale,
                 phase,
             )
-            gradients = (
-                result.gradients if gradients is None else torch._foreach_add(gradients, result.gradients)
-            )
+            torch._foreach_add_(gradients, result.gradients)
             results.append(result)
             stops.append(stop)
-            norms.append(
-                torch.nn.utils.get_total_norm(result.gradients) / scaler.get_scale() / options.grad_scale
-            )
-            result.gradients = None
+            norms.append(torch.nn.utils.get_total_norm(result.gradients))
 
         # All processes' gradients in one reduction, then the same optimizer step on each.
         with phase("optimizer"):
-            flat = torch.cat([gradient.flatten() for gradient in gradients]) / micro_steps
-            flat = accelerator.reduce(flat, reduction="mean")
+            scale = scaler.get_scale()
+            flat = accelerator.reduce(
+                torch.cat([g.flatten() for g in gradients]) / micro_steps, reduction="mean"
+            )
             for matrix, gradient in zip(
                 models.lora, flat.split([m.numel() for m in models.lora]), strict=True
             ):
                 matrix.grad = gradient.view_as(matrix)
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(models.lora, options.max_grad_norm)
-            scale = scaler.get_scale()
+            grad_norm = torch.nn.utils.clip_grad_norm_(models.lora, options.max_grad_norm).item()
+            learning_rate = optimizer.param_groups[0]["lr"]
             scaler.step(optimizer)
             scaler.update()
-            overflowed = scaler.get_scale() < scale  # fp16: the step was skipped, the scale lowered
-            if not overflowed:
+            skipped = (
+                scaler.get_scale() < scale
+            )  # float16 overflowed: no step was taken, the scale is lowered
+            if not skipped:
                 lr_scheduler.step()
-            optimizer.zero_grad()
 
-        # ---- log: one gather for all numbers of all processes
+        # ---- log: one reduction and one gather for all numbers of all processes
         seconds = phase.pop() | {"total": time.perf_counter() - step_started}
-        numbers = {f"gradient_norm_by_stop/{stop}": [] for stop in sorted(set(stops))}
-        for stop, norm in zip(stops, norms, strict=True):
-            numbers[f"gradient_norm_by_stop/{stop}"].append(norm)
-        numbers = {tag: torch.stack(norm).mean() for tag, norm in numbers.items()}
-        numbers["loss"] = torch.stack([result.loss for result in results]).mean()
-        numbers["pictures/saturated"] = torch.stack([result.saturated for result in results]).mean()
-        numbers |= {f"seconds/{name}": torch.tensor(value) for name, value in seconds.items()}
-        numbers["memory/peak_gib"] = torch.tensor(peak_memory(device))
+        norms = [norm / scale / options.grad_scale for norm in norms]
+        numbers = step_numbers(results, stops, norms, seconds, device)
         vector = torch.stack([number.float().to(device) for number in numbers.values()])
         values = dict(zip(numbers, accelerator.reduce(vector, reduction="mean").tolist(), strict=True))
         rewards = accelerator.gather(torch.cat([result.rewards for result in results])).float().cpu()
-        if not (overflowed or math.isfinite(values["loss"]) and math.isfinite(grad_norm)):
+        if (
+            not (math.isfinite(values["loss"]) and (skipped or math.isfinite(grad_norm)))
+            or scaler.get_scale() < 1
+        ):
             raise UserError(
                 f"step {step + 1}: the loss or its gradient is not a finite number (loss {values['loss']}, "
                 f"gradient norm {grad_norm}). Nothing was saved. Try a lower --learning_rate, or "
@@ -532,8 +567,8 @@ def main() -> None:
             "reward/std": rewards.std(correction=0).item(),
             "reward/min": rewards.min().item(),
             "reward/max": rewards.max().item(),
-            "gradient_norm": grad_norm.item() / options.grad_scale,
-            "learning_rate": optimizer.param_groups[0]["lr"],
+            "gradient_norm": grad_norm / options.grad_scale,
+            "learning_rate": learning_rate,
         }
         if options.reward_target is not None:
             values["reward/above_target"] = (rewards > options.reward_target).float().mean().item()
@@ -541,10 +576,12 @@ def main() -> None:
             f"pictures_per_second/{name}": len(rewards) / values[f"seconds/{name}"] for name in seconds
         }
         if writer:
-            board.write_scalars(writer, values, step + 1)
+            board.write_scalars(
+                writer, {tag: value for tag, value in values.items() if math.isfinite(value)}, step + 1
+            )
             writer.add_histogram("reward/histogram", rewards, step + 1)
         bar.set_postfix(
-            reward=f"{rewards.mean():+.3f}", loss=f"{values['loss']:.2e}", lr=f"{values['learning_rate']:.1e}"
+            reward=f"{rewards.mean():+.3f}", loss=f"{values['loss']:.2e}", lr=f"{learning_rate:.1e}"
         )
         if options.validation_steps and ((step + 1) % options.validation_steps == 0 or step + 1 == len(bar)):
             last_validation = show_validation(step + 1)
@@ -566,6 +603,7 @@ def main() -> None:
                 "num_inference_steps": options.num_inference_steps,
             },
         )
+        write_whole(output / "options.json", json.dumps(saved_options, indent=2) + "\n")
         if writer:
             writer.close()
         print(f"{options.max_train_steps} steps in {time.perf_counter() - started:.0f} s; LoRA in {path}")
@@ -574,12 +612,9 @@ def main() -> None:
     accelerator.end_training()
 
 
-def peak_memory(device: torch.device) -> float:
-    """Most memory held so far, GiB: the GPU's by torch's allocator, or the process's own."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-
-
 if __name__ == "__main__":
-    run_as_command(main)
+    run_as_command(
+        main,
+        "Try --gradient_checkpointing, a lower --train_batch_size with more --gradient_accumulation_steps, "
+        "--decode_batch_size 1, --mixed_precision bf16, a lower --resolution, or other GPUs.",
+    )

@@ -42,16 +42,26 @@ gpus=0 precision=no
 if capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) && [[ -n $capabilities ]]; then
   gpus=$(wc -l <<<"$capabilities")
   precision=$(awk '$1 < 8 { half = 1 } END { print half ? "fp16" : "bf16" }' <<<"$capabilities")
-  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true); fi
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then  # those after a negative one are invisible to CUDA
+    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | awk '/^ *-/ { exit } NF { n++ } END { print n + 0 }')
+  fi
 fi
 processes=${NUM_PROCESSES:-$((gpus < 2 ? (gpus > 0 ? gpus : 1) : 2))}
+if ! [[ $processes =~ ^[1-9][0-9]*$ ]] || ((gpus > 0 && processes > gpus)); then
+  echo "error: NUM_PROCESSES=$processes: must be a number from 1 to that of the visible GPUs, $gpus" >&2
+  exit 2
+fi
 if ((gpus == 0)); then
   precision=no
-  cores=$(getconf _NPROCESSORS_ONLN)
+  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 fi
 
-# Without a GPU, --multi_gpu starts several processes over gloo; --cpu would start one only.
-launch=(--num_processes "$processes" --num_machines 1 --mixed_precision "$precision" --dynamo_backend no)
-if ((processes > 1)); then launch+=(--multi_gpu --main_process_port "$port"); fi
-exec "$python" -m accelerate.commands.launch "${launch[@]}" "$here/refl_lora.py" "${options[@]}"
+# One process needs no launcher. Without a GPU, --multi_gpu starts several processes over gloo; --cpu would start one.
+# Every setting is given, so that none comes from an `accelerate config` made for something else.
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+if ((processes == 1)); then
+  ACCELERATE_MIXED_PRECISION=$precision exec "$python" "$here/refl_lora.py" "${options[@]}"
+fi
+exec "$python" -m refl.launch --multi_gpu --gpu_ids all --num_processes "$processes" --num_machines 1 \
+  --mixed_precision "$precision" --dynamo_backend no --main_process_port "$port" "$here/refl_lora.py" "${options[@]}"

@@ -1,12 +1,15 @@
 """What training shows: TensorBoard's scalars, histograms and options, captioned grids of pictures, seconds by
 phase."""
 
+import io
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
+
+from refl.files import write_whole
 
 import numpy as np
 import torch
@@ -74,17 +77,16 @@ def grid(
     return sheet
 
 
-def read_picture(path: Path) -> Tensor:
-    """A picture file as (3, H, W) in [0, 1]."""
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+def to_tensor(picture: Image.Image) -> Tensor:
+    """An RGB picture as (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG whole, or not at all."""
-    partial = path.with_suffix(".partial")
-    picture.save(partial, format="PNG")
-    partial.replace(path)
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    write_whole(path, content.getvalue())
 
 
 class Phases:

@@ -2,10 +2,12 @@
 drawn."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from refl.errors import UserError
+from refl.files import write_whole
 
 import torch
 from diffusers import (
@@ -29,8 +31,6 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
-
-from refl.errors import UserError
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention, self and cross
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds it in a folder
@@ -194,12 +194,7 @@ def save_lora(unet: UNet2DConditionModel, folder: str | Path, metadata: dict) ->
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
     path = Path(folder) / LORA_FILE
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header + content[8 + length :])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, len(header).to_bytes(8, "little") + header + content[8 + length :])
     return path
 
 

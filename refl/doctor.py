@@ -9,52 +9,51 @@ from pathlib import Path
 from refl.errors import UserError
 
 MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
-SOURCES = {
-    "stable-diffusion-v1-4/": "CompVis/stable-diffusion-v1-4",
-    "ImageReward.pt": "THUDM/ImageReward",
-    "med_config.json": "THUDM/ImageReward",
-    "bert-base-uncased/": "google-bert/bert-base-uncased",
-}
 
 
 def check_weights(model_folder: str | Path, reward_folder: str | Path | None) -> None:
     """All weights are there; what is missing is named at once, with its place and its source."""
-    wanted = {Path(model_folder): (SOURCES["stable-diffusion-v1-4/"], "the folder in diffusers' layout")}
+    model = Path(model_folder)
+    wanted = {path: "CompVis/stable-diffusion-v1-4" for path in [model / part for part in MODEL_PARTS]}
+    if not model.exists():
+        wanted = {model: "CompVis/stable-diffusion-v1-4"}
     if reward_folder is not None:
-        wanted[Path(reward_folder) / "ImageReward.pt"] = (SOURCES["ImageReward.pt"], "the reward's weights")
-        wanted[Path(reward_folder) / "med_config.json"] = (
-            SOURCES["med_config.json"],
-            "the reward's configuration",
+        tokenizer = Path(reward_folder) / "bert-base-uncased"
+        wanted[Path(reward_folder) / "ImageReward.pt"] = "THUDM/ImageReward"
+        wanted[Path(reward_folder) / "med_config.json"] = "THUDM/ImageReward"
+        wanted[tokenizer if not tokenizer.exists() else tokenizer / "vocab.txt"] = (
+            "google-bert/bert-base-uncased"
         )
-        wanted[Path(reward_folder) / "bert-base-uncased"] = (SOURCES["bert-base-uncased/"], "tokenizer files")
-    missing = {path: source for path, source in wanted.items() if not path.exists()}
+    missing = [
+        f"  {path}  (on the Hugging Face Hub: {hub})" for path, hub in wanted.items() if not path.exists()
+    ]
     if missing:
-        lines = [
-            f"  {path}  ({what}; on the Hugging Face Hub: {hub})" for path, (hub, what) in missing.items()
-        ]
-        raise UserError("weights are missing:\n" + "\n".join(lines) + "\nSee checkpoint/README.md.")
+        raise UserError("weights are missing:\n" + "\n".join(missing) + "\nSee checkpoint/README.md.")
 
 
-def check_model(folder: str | Path) -> None:
-    """`folder` is a Stable Diffusion model in diffusers' layout: every part is there with its
-    configuration."""
+def check_model(folder: str | Path, num_inference_steps: int) -> None:
+    """`folder` holds a text-to-image model in diffusers' layout that can denoise in so many steps."""
     folder = Path(folder)
-    absent = [part for part in MODEL_PARTS if not (folder / part).is_dir()]
-    if absent:
-        raise UserError(
-            f"{folder} is not a Stable Diffusion model in diffusers' layout: "
-            f"it has no folder {', '.join(absent)}."
-        )
+    unet, vae, text_encoder = (read_config(folder, part) for part in ("unet", "vae", "text_encoder"))
     for part in ("unet", "vae", "text_encoder"):
-        read_config(folder, part)
-        weights = [file for file in (folder / part).iterdir() if file.suffix in (".safetensors", ".bin")]
-        if not weights:
+        if not any(file.suffix in (".safetensors", ".bin") for file in (folder / part).iterdir()):
             raise UserError(f"{folder / part} holds no weights (.safetensors or .bin).")
+    channels = (unet.get("in_channels", 4), vae.get("latent_channels", 4))
+    widths = (unet.get("cross_attention_dim"), text_encoder.get("hidden_size"))
+    if channels[0] != channels[1] or widths[0] != widths[1]:
+        raise UserError(
+            f"{folder} is not a text-to-image model like Stable Diffusion 1: the UNet takes "
+            f"{channels[0]} channels and text of width {widths[0]}, VAE and text encoder give "
+            f"{channels[1]} and {widths[1]}."
+        )
+    timesteps = read_config(folder, "scheduler", "scheduler_config.json").get("num_train_timesteps", 1000)
+    if num_inference_steps > timesteps:
+        raise UserError(f"--num_inference_steps {num_inference_steps}: this model has {timesteps} timesteps.")
 
 
-def read_config(folder: str | Path, part: str) -> dict:
-    """`folder`/`part`/config.json."""
-    path = Path(folder) / part / "config.json"
+def read_config(folder: str | Path, part: str, name: str = "config.json") -> dict:
+    """`folder`/`part`/`name`, an object in JSON."""
+    path = Path(folder) / part / name
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -71,7 +70,7 @@ def resolution_of(folder: str | Path, resolution: int | None) -> int:
     try:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-        resolution = resolution or unet["sample_size"] * factor
+        resolution = unet["sample_size"] * factor if resolution is None else resolution
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{folder}: the configuration of unet or vae is not one of Stable Diffusion ({error})."

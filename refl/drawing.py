@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-import torch
-from diffusers import StableDiffusionPipeline
-from torch import Tensor
-from tqdm import tqdm
 
 from refl import board, diffusion, doctor
 from refl.errors import UserError
 from refl.prompts import read_prompts
 
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+OUT_OF_MEMORY = "Try --batch_size 1, --dtype fp16, a lower --resolution, another GPU, or --device cpu."
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -54,7 +54,7 @@ def check(options: DrawingOptions) -> list[str]:
             raise UserError(f"--{name} {getattr(options, name)}: must be 1 or more.")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: must be 0 or more.")
-    doctor.check_model(options.pretrained_model_name_or_path)
+    doctor.check_model(options.pretrained_model_name_or_path, options.num_inference_steps)
     doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
     doctor.check_output_folder(options.output_dir)
     return read_prompts(options.prompts_file) if options.prompts_file else list(options.prompt)
@@ -73,49 +73,30 @@ def pipeline(options: DrawingOptions) -> StableDiffusionPipeline:
 
 def draw(
     pipeline: StableDiffusionPipeline, prompts: Sequence[str], options: DrawingOptions, title: str
-) -> Iterator[Tensor]:
-    """Pictures (3, H, W) in [0, 1], `num_images_per_prompt` of each prompt in turn, seeds counting up from
-    `seed`."""
+) -> Iterator[Image.Image]:
+    """Pictures, `num_images_per_prompt` of each prompt in turn, seeds counting up from `seed`."""
     wanted = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
     batch_size, done = options.batch_size, 0
     with tqdm(total=len(wanted), desc=title, unit="picture") as bar:
         while done < len(wanted):
             batch = wanted[done : done + batch_size]
+            seeds = range(options.seed + done, options.seed + done + len(batch))
+            steps, guidance, resolution = (
+                options.num_inference_steps,
+                options.guidance_scale,
+                options.resolution,
+            )
             try:
-                pictures = diffusion.generate(
-                    pipeline,
-                    batch,
-                    range(options.seed + done, options.seed + done + len(batch)),
-                    options.num_inference_steps,
-                    options.guidance_scale,
-                    options.resolution,
-                )
-            except torch.OutOfMemoryError as error:
+                pictures = diffusion.generate(pipeline, batch, seeds, steps, guidance, resolution)
+            except torch.OutOfMemoryError:
                 if len(batch) == 1:
-                    raise UserError(
-                        "the GPU's memory does not suffice for one picture. Try --dtype fp16, a lower "
-                        "--resolution, another GPU (CUDA_VISIBLE_DEVICES), or --device cpu."
-                    ) from error
-                batch_size = (len(batch) + 1) // 2
+                    raise
+                pictures = None
+            if pictures is None:  # outside `except`, whose traceback still holds the tensors
                 torch.cuda.empty_cache()
+                batch_size = (len(batch) + 1) // 2
                 bar.write(f"out of memory; going on with {batch_size} pictures at once")
                 continue
-            yield from pictures
+            yield from map(board.to_pil, pictures)
             done += len(batch)
             bar.update(len(batch))
-
-
-def draw_to_files(
-    pipeline: StableDiffusionPipeline,
-    prompts: Sequence[str],
-    options: DrawingOptions,
-    folder: str,
-    title: str,
-) -> list[Path]:
-    """`draw` into `folder`: 0.png, 1.png, ..."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index, picture in enumerate(draw(pipeline, prompts, options, title)):
-        paths.append(Path(folder) / f"{index}.png")
-        board.save_picture(board.to_pil(picture), paths[-1])
-    return paths

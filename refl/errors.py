@@ -2,22 +2,36 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """A mistake in the input. Its message says what is wrong, where, and what to do; it is shown without
-    traceback."""
+    """A mistake in the input. Its message says what is wrong, where, and what to do. No traceback."""
 
 
-def run_as_command(main: Callable[[], None]) -> None:
-    """Run a script's `main`: a `UserError` becomes one message on stderr, from one process only, and exit
-    code 2."""
+def run_as_command(main: Callable[[], None], out_of_memory: str) -> None:
+    """Run a script's `main`. A `UserError` becomes one message on stderr and exit code 2.
+
+    So does a GPU whose memory does not suffice; `out_of_memory` says what to change.
+    """
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported here
+            raise
+        reason = str(error).partition(". ")[0]
+        _exit(f"error: the GPU's memory does not suffice ({reason}). {out_of_memory}", 2)
+
+
+def _exit(message: str, code: int) -> None:
+    # Of several processes with the same mistake the first one speaks, and the launcher then ends the others.
+    # One that is alone with its mistake is heard a little later.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -13,21 +13,16 @@ import re
 import zipfile
 from pathlib import Path
 
+from refl.errors import UserError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from refl.errors import UserError
-
 MAX_TOKENS = 35  # longer prompts are cut here, as published
-HEAD_LAYERS = (
-    0,
-    2,
-    4,
-    6,
-    7,
-)  # the linear layers among `mlp.layers`; the dropouts between them do nothing here
+# The linear layers among `mlp.layers`; the dropouts between them do nothing here.
+HEAD_LAYERS = (0, 2, 4, 6, 7)
 SCORE_MEAN, SCORE_STD = (
     0.16717362830052426,
     1.0333394966054072,
@@ -35,48 +30,18 @@ SCORE_MEAN, SCORE_STD = (
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as BLIP uses them
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Published key -> ours, first match wins.
-KEY_MAP = (
-    (r"^blip\.visual_encoder\.cls_token$", "vision.embeddings.class_embedding"),
-    (r"^blip\.visual_encoder\.pos_embed$", "vision.embeddings.position_embedding"),
-    (r"^blip\.visual_encoder\.patch_embed\.proj\.(\w+)$", r"vision.embeddings.patch_embedding.\1"),
-    (
-        r"^blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.(\w+)$",
-        r"vision.encoder.layers.\1.layer_norm\2.\3",
-    ),
-    (
-        r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.(\w+)$",
-        r"vision.encoder.layers.\1.self_attn.qkv.\2",
-    ),
-    (
-        r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.(\w+)$",
-        r"vision.encoder.layers.\1.self_attn.projection.\2",
-    ),
-    (r"^blip\.visual_encoder\.blocks\.(\d+)\.mlp\.fc([12])\.(\w+)$", r"vision.encoder.layers.\1.mlp.fc\2.\3"),
-    (r"^blip\.visual_encoder\.norm\.(\w+)$", r"vision.post_layernorm.\1"),
-    (r"^blip\.text_encoder\.(.+)$", r"text.\1"),
-    (r"^mlp\.layers\.(.+)$", r"head.\1"),
-)
-KEY_MAP_BACK = (
-    (r"^vision\.embeddings\.class_embedding$", "blip.visual_encoder.cls_token"),
-    (r"^vision\.embeddings\.position_embedding$", "blip.visual_encoder.pos_embed"),
-    (r"^vision\.embeddings\.patch_embedding\.(\w+)$", r"blip.visual_encoder.patch_embed.proj.\1"),
-    (
-        r"^vision\.encoder\.layers\.(\d+)\.layer_norm([12])\.(\w+)$",
-        r"blip.visual_encoder.blocks.\1.norm\2.\3",
-    ),
-    (
-        r"^vision\.encoder\.layers\.(\d+)\.self_attn\.qkv\.(\w+)$",
-        r"blip.visual_encoder.blocks.\1.attn.qkv.\2",
-    ),
-    (
-        r"^vision\.encoder\.layers\.(\d+)\.self_attn\.projection\.(\w+)$",
-        r"blip.visual_encoder.blocks.\1.attn.proj.\2",
-    ),
-    (r"^vision\.encoder\.layers\.(\d+)\.mlp\.fc([12])\.(\w+)$", r"blip.visual_encoder.blocks.\1.mlp.fc\2.\3"),
-    (r"^vision\.post_layernorm\.(\w+)$", r"blip.visual_encoder.norm.\1"),
-    (r"^text\.(.+)$", r"blip.text_encoder.\1"),
-    (r"^head\.(.+)$", r"mlp.layers.\1"),
+# Published keys and ours. "#" stands for a number, "*" for the rest.
+KEYS = (
+    ("blip.visual_encoder.cls_token", "vision.embeddings.class_embedding"),
+    ("blip.visual_encoder.pos_embed", "vision.embeddings.position_embedding"),
+    ("blip.visual_encoder.patch_embed.proj.*", "vision.embeddings.patch_embedding.*"),
+    ("blip.visual_encoder.blocks.#.norm#.*", "vision.encoder.layers.#.layer_norm#.*"),
+    ("blip.visual_encoder.blocks.#.attn.qkv.*", "vision.encoder.layers.#.self_attn.qkv.*"),
+    ("blip.visual_encoder.blocks.#.attn.proj.*", "vision.encoder.layers.#.self_attn.projection.*"),
+    ("blip.visual_encoder.blocks.#.mlp.*", "vision.encoder.layers.#.mlp.*"),
+    ("blip.visual_encoder.norm.*", "vision.post_layernorm.*"),
+    ("blip.text_encoder.*", "text.*"),
+    ("mlp.layers.*", "head.*"),
 )
 UNUSED_KEYS = re.compile(r"^blip\.(text_encoder\.embeddings\.position_ids$|vision_proj\.|text_proj\.)")
 
@@ -164,31 +129,30 @@ def load(
     damaged or are something else.
     """
     folder = Path(folder)
-    weights = _rename(read_weights(folder / "ImageReward.pt"), KEY_MAP)
+    weights = _rename(read_weights(folder / "ImageReward.pt"), KEYS)
+    tokenizer = load_tokenizer(folder / "bert-base-uncased")
     try:
         med_config = json.loads((folder / "med_config.json").read_text())
         vision_config, text_config = _configs(weights, med_config)
         head_widths = tuple(weights[f"head.{layer}.weight"].shape[0] for layer in HEAD_LAYERS)
-    except (KeyError, ValueError, IndexError, UnicodeDecodeError) as error:
+        score_mean, score_std = (
+            med_config.get("score_mean", SCORE_MEAN),
+            med_config.get("score_std", SCORE_STD),
+        )
+        with torch.device("meta"):  # no random initialisation of weights that are about to be replaced
+            model = ImageReward(vision_config, text_config, tokenizer, head_widths, score_mean, score_std)
+    except (
+        Exception
+    ) as error:  # whatever a foreign file makes of it: keys, types, sizes that no model can have
         raise UserError(
             f"{folder}: ImageReward.pt and med_config.json are not those of an ImageReward model "
             f"({type(error).__name__}: {error}). Get both from THUDM/ImageReward on the Hugging Face Hub."
         ) from error
-    tokenizer = load_tokenizer(folder / "bert-base-uncased")
     if len(tokenizer) != text_config.vocab_size:  # transformers makes an empty one of an empty folder
         raise UserError(
             f"{folder / 'bert-base-uncased'} does not fit ImageReward.pt: {len(tokenizer)} tokens instead of "
             f"{text_config.vocab_size}. vocab.txt, tokenizer.json and tokenizer_config.json of "
             "google-bert/bert-base-uncased belong there."
-        )
-    with torch.device("meta"):  # no random initialisation of weights that are about to be replaced
-        model = ImageReward(
-            vision_config,
-            text_config,
-            tokenizer,
-            head_widths,
-            med_config.get("score_mean", SCORE_MEAN),
-            med_config.get("score_std", SCORE_STD),
         )
     expected = model.state_dict()
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
@@ -213,7 +177,7 @@ def load(
 
 def published_state_dict(model: ImageReward) -> dict[str, Tensor]:
     """The model's weights under the keys of the published `ImageReward.pt`."""
-    return _rename(model.state_dict(), KEY_MAP_BACK)
+    return _rename(model.state_dict(), tuple((ours, published) for published, ours in KEYS))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -232,16 +196,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _rename(weights: dict[str, Tensor], key_map: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+def _rename(weights: dict[str, Tensor], keys: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """`weights` under the target of the first source in `keys` that a key matches, unused ones left out."""
+    rules = []
+    for source, target in keys:
+        pattern = re.escape(source).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)")
+        rules.append((re.compile(pattern), re.sub(r"[#*]", "{}", target)))
     renamed = {}
     for key, value in weights.items():
-        if UNUSED_KEYS.match(key):
-            continue
-        for pattern, replacement in key_map:
-            new_key, matched = re.subn(pattern, replacement, key)
-            if matched:
-                break
-        renamed[new_key] = value
+        if not UNUSED_KEYS.match(key):
+            matches = ((pattern.fullmatch(key), target) for pattern, target in rules)
+            renamed[next((target.format(*match.groups()) for match, target in matches if match), key)] = value
     return renamed
 
 

@@ -1,6 +1,7 @@
 """Prompts: read from the usual kinds of file, and dealt out to steps and processes."""
 
 import csv
+import io
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -25,13 +26,13 @@ def read_prompts(path: str | Path) -> list[str]:
             f"{path}: prompts are read from {', '.join(READERS)} files, not from {path.suffix or 'this'}."
         )
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: the prompts file cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8 text. Save the file as UTF-8.") from error
-    prompts = [prompt.strip() for prompt in reader(path, content)]
+    prompts = [" ".join(prompt.split()) for prompt in reader(path, content)]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise UserError(f"{path}: no prompt in this file.")
@@ -39,7 +40,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def _read_txt(path: Path, content: str) -> list[str]:
-    return content.splitlines()
+    return content.split("\n")  # not at the rarer characters of str.splitlines
 
 
 def _read_json(path: Path, content: str) -> list[str]:
@@ -57,7 +58,7 @@ def _read_json(path: Path, content: str) -> list[str]:
 
 def _read_jsonl(path: Path, content: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -70,16 +71,17 @@ def _read_jsonl(path: Path, content: str) -> list[str]:
 
 
 def _read_csv(path: Path, content: str) -> list[str]:
-    reader = csv.reader(content.splitlines())
+    reader = csv.reader(io.StringIO(content, newline=""))
     try:
-        header = [name.strip().lower() for name in next(reader, [])]
+        first = next(reader, [])
+        header = [name.strip().lower() for name in first]
         columns = [header.index(key) for key in TEXT_KEYS if key in header]
         if not columns and len(header) > 1:
             raise UserError(
                 f"{path}, line 1: no column is named {', '.join(TEXT_KEYS)}; found {', '.join(header)}."
             )
         column = columns[0] if columns else 0
-        prompts = [] if columns or not header else [content.splitlines()[0].strip().strip('"')]
+        prompts = [] if columns else first
         for row in reader:
             if row and len(row) <= column:
                 raise UserError(f"{path}, line {reader.line_num}: only {len(row)} columns.")

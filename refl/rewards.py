@@ -4,10 +4,10 @@ differentiable."""
 from collections.abc import Callable
 from pathlib import Path
 
+from refl import imagereward
+
 import torch
 from torch import Tensor
-
-from refl import imagereward
 
 Reward = Callable[[Tensor, list[str]], Tensor]
 RewardLoader = Callable[[str | Path, torch.device, torch.dtype], Reward]  # (folder of weights, device, dtype)

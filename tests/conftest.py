@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
-from random_checkpoint import write_checkpoint  # noqa: E402
-
 from refl import diffusion, imagereward  # noqa: E402
+
+from random_checkpoint import write_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="session")

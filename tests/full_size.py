@@ -5,14 +5,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from refl import diffusion, imagereward
+
 import pytest
 import torch
 from conftest import run_script, weight_options
 from diffusers import StableDiffusionPipeline
 from random_checkpoint import write_checkpoint
 from safetensors.torch import load_file
-
-from refl import diffusion, imagereward
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import argparse
 import json
 from pathlib import Path
 
+from refl import imagereward
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import BlipTextConfig, BlipVisionConfig, CLIPTextConfig, CLIPTextModel
-
-from refl import imagereward
 
 SIZES = {
     "full": {

@@ -2,15 +2,15 @@
 
 import json
 
+from refl import diffusion
+from refl.errors import UserError
+
 import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from random_checkpoint import SIZES, write_checkpoint
 from safetensors import safe_open
-
-from refl import diffusion
-from refl.errors import UserError
 
 PROMPTS = ["a red cat", "a blue dog"]
 
@@ -132,7 +132,7 @@ def test_a_failed_save_keeps_the_old_file(parts, tmp_path, monkeypatch):
     def disk_full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(diffusion.os, "fsync", disk_full)
+    monkeypatch.setattr("os.fsync", disk_full)
     with pytest.raises(OSError, match="No space"):
         diffusion.save_lora(parts.unet, tmp_path, {"step": 2})
     assert (tmp_path / diffusion.LORA_FILE).read_bytes() == content

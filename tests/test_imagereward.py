@@ -4,12 +4,12 @@ its own."""
 import json
 import shutil
 
+from refl import imagereward
+from refl.errors import UserError
+
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from refl import imagereward
-from refl.errors import UserError
 
 PROMPTS = ["a red cat", "three green apples"]
 IMAGES = torch.rand(2, 3, 48, 80, generator=torch.Generator().manual_seed(0))

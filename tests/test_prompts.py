@@ -2,10 +2,10 @@
 
 import json
 
-import pytest
-
 from refl.errors import UserError
 from refl.prompts import prompt_index, read_prompts
+
+import pytest
 
 WANTED = ["a red cat", "café, 猫", "three, or four"]
 FILES = {
@@ -18,6 +18,7 @@ FILES = {
     "keys.json": json.dumps([{"text": WANTED[0]}, {"prompt": WANTED[1]}, {"caption": WANTED[2]}]),
     "lines.jsonl": "\n".join(json.dumps({"caption": text}) for text in WANTED) + "\n\n",
     "named.csv": 'id,Prompt\n1,a red cat\n2,"café, 猫"\n3,"three, or four"\n',
+    "breaks.csv": 'text\n"a red\ncat"\n"café, 猫"\n"three, or four"\n',
     "single.csv": 'a red cat\n"café, 猫"\n"three, or four"\n',
 }
 MISTAKES = {

@@ -2,9 +2,9 @@
 
 from collections import Counter
 
-import torch
-
 from refl import randomness
+
+import torch
 
 
 def test_noise_belongs_to_its_sample():

@@ -6,6 +6,12 @@ import shutil
 import stat
 import sys
 
+import inference
+import inference_lora
+import refl_lora
+from refl import diffusion
+from refl.errors import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -13,12 +19,6 @@ from conftest import ROOT, run_script, weight_options
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-import inference
-import inference_lora
-import refl_lora
-from refl import diffusion
-from refl.errors import UserError
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -113,9 +113,7 @@ def test_tensorboard_holds_everything(trained):
     )
     assert [point.step for point in board.Scalars("loss")] == [1, 2, 3]
     rates = [point.value for point in board.Scalars("learning_rate")]
-    assert rates == pytest.approx(
-        [1e-2, 0.5e-2, 0], abs=1e-8
-    )  # after warm-up of one step, half a cosine over two
+    assert rates == pytest.approx([0, 1e-2, 0.5e-2], abs=1e-8)
     assert [point.step for point in board.Images("validation/pictures")] == [0, 2, 3]
     assert board.Images("validation/pictures")[0].width > 3 * 200
     assert [histogram.step for histogram in board.Histograms("reward/histogram")] == [1, 2, 3]
@@ -170,6 +168,7 @@ def test_a_run_repeats_from_its_options_file(training_options, tmp_path, monkeyp
         "--gradient_checkpointing --decode_batch_size 2",
         "--guidance_scale 3 --reward_target None",
         "--mixed_precision bf16 --allow_tf32",
+        "--mixed_precision fp16 --max_grad_norm inf",
         "--validation_steps 0 --report_to none --resolution 128",
         "--lr_scheduler linear --lr_warmup_steps 1 --max_grad_norm 0.1 --adam_beta1 0.5",
     ],
@@ -286,15 +285,22 @@ def spoilt(tiny, tmp_path, change):
 
 
 MISTAKES = {
-    "--min_stop 4": "stop indices run from 0 to 3",
-    "--min_stop 3 --max_stop 2": "min_stop must not pass max_stop",
-    "--max_stop -1": "stop indices|min_stop must not pass",
+    "--max_stop 4": "--max_stop 4: must be below --num_inference_steps 4",
+    "--min_stop 3 --max_stop 2": "--max_stop 2: must not be below --min_stop 3",
+    "--max_stop -1": "--max_stop -1: must not be below",
     "--min_stop -1": "--min_stop -1: must be 0 or more",
-    "--train_batch_size 3 --decode_batch_size 2": "does not divide --train_batch_size 3",
+    "--train_batch_size 3 --decode_batch_size 2": "--decode_batch_size 2: must divide --train_batch_size 3",
     "--train_batch_size 0": "--train_batch_size 0: must be 1 or more",
     "--gradient_accumulation_steps 0": "must be 1 or more",
     "--max_train_steps 0": "must be 1 or more",
     "--lr_warmup_steps 5": "take --lr_scheduler constant_with_warmup",
+    "--num_inference_steps 1001 --max_stop 1000": "this model has 1000 timesteps",
+    "--adam_beta1 1": "--adam_beta1 1.0: must be at least 0 and below 1",
+    "--adam_weight_decay -1": "must be 0 or more",
+    "--lora_alpha 0": "--lora_alpha 0.0: must be positive",
+    "--reward_target nan": "must be a number",
+    "--resolution 0": "multiples of 64",
+    "--use_8bit_adam": "pip install bitsandbytes",
     "--rank 0": "--rank 0: must be 1 or more",
     "--seed -1": "--seed -1: must be 0 or more",
     "--learning_rate 0": "--learning_rate 0.0: must be positive",
@@ -302,7 +308,7 @@ MISTAKES = {
     "--grad_scale -1": "--grad_scale -1.0: must be positive",
     "--resolution 100": "multiples of 64 pixels, such as 64 or 128",
     "--resolution -64": "multiples of 64",
-    "--reward pickscore": "known rewards are imagereward",
+    "--reward pickscore": "--reward pickscore: must be one of imagereward",
     "--prompts nowhere.txt": "nowhere.txt: the prompts file cannot be read",
     "--validation_prompts nowhere.txt": "nowhere.txt",
     "--output_dir README.md/out": "README.md is not a folder",
@@ -335,7 +341,7 @@ def test_missing_weights_are_named_all_at_once(prompts_file, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: shutil.rmtree(f / "stable-diffusion-v1-4" / "vae"), "no folder vae"),
+        (lambda f: shutil.rmtree(f / "stable-diffusion-v1-4" / "vae"), r"weights are missing:\n.*/vae "),
         (
             lambda f: (f / "stable-diffusion-v1-4" / "unet" / "config.json").write_text("{"),
             "config.json cannot be",
@@ -360,14 +366,57 @@ def test_folders_that_are_not_models(training_options, tiny, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_truncated_weights_stop_the_run_before_it_writes(training_options, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_truncated_weights_stop_the_launched_run_before_it_writes(
+    training_options, tiny, tmp_path, processes
+):
     def truncate(folder):
         file = folder / "stable-diffusion-v1-4" / "unet" / "diffusion_pytorch_model.safetensors"
         file.write_bytes(file.read_bytes()[:5000])
 
-    with pytest.raises(UserError, match="spoilt.*can be loaded"):
-        run_in_process(refl_lora, monkeypatch, *training_options, *spoilt(tiny, tmp_path, truncate))
+    options = [*training_options, *spoilt(tiny, tmp_path, truncate)]
+    run = run_script("bash", "train_refl_lora.sh", *options, NUM_PROCESSES=processes)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert run.stderr.count("error: ") == 1 and "can be loaded" in run.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"NUM_PROCESSES": "x"}, "NUM_PROCESSES=x: must be a number"),
+        ({"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: must be a number"),
+        ({"PYTHON": "/nowhere/python"}, "requirements are not installed"),
+    ],
+)
+def test_mistakes_in_the_environment(training_options, environment, message):
+    run = run_script("bash", "train_refl_lora.sh", *training_options, **environment)
+    assert run.returncode == 2 and message in run.stderr
+
+
+def test_gpus_are_counted_as_cuda_counts_them(training_options, tmp_path):
+    """With an nvidia-smi that reports two GPUs, the wrapper's command line is what it would be there."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\nprintf '8.0\\n7.5\\n'\n")
+    (tools / "python").write_text(
+        '#!/bin/sh\nif [ "$1" != -c ]; then echo "$ACCELERATE_MIXED_PRECISION $@"; fi\n'
+    )
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+
+    def command(**environment):
+        environment = {"PATH": f"{tools}:/usr/bin:/bin", "PYTHON": "python", **environment}
+        return run_script("bash", "train_refl_lora.sh", "--rank=8", **environment).stdout.splitlines()[-1]
+
+    two = command(CUDA_VISIBLE_DEVICES="6,7", NUM_PROCESSES="")
+    assert "--multi_gpu --gpu_ids all --num_processes 2" in two and "--main_process_port 0 " in two
+    assert "--mixed_precision fp16" in two and two.endswith(
+        "--learning_rate=1e-04 --grad_scale 0.01 --rank=8"
+    )
+    for devices in ("1", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "0,-1,1"):
+        assert command(CUDA_VISIBLE_DEVICES=devices, NUM_PROCESSES="").startswith("fp16 /")
+    assert command(CUDA_VISIBLE_DEVICES="-1", NUM_PROCESSES="").startswith("no /")
 
 
 @pytest.mark.parametrize(
@@ -375,7 +424,7 @@ def test_truncated_weights_stop_the_run_before_it_writes(training_options, tiny,
     [
         ("refl_lora.py", ["--learning_rat", "1"], "--learning_rate"),
         ("refl_lora.py", ["--learning_rate", "fast"], "learning_rate"),
-        ("refl_lora.py", ["--min_stop", "99"], "error: --min_stop 99"),
+        ("refl_lora.py", ["--max_stop", "99"], "error: --max_stop 99"),
         ("inference.py", ["--num_images", "1"], "--num_images_per_prompt"),
         ("inference.py", ["--seed", "-1"], "error: --seed -1"),
         ("inference.py", ["--device", "cuda:99"], "not a device of this machine"),

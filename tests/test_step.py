@@ -3,13 +3,13 @@ differences."""
 
 import math
 
+import refl_lora
+from refl import diffusion, randomness
+
 import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
 import pytest
 import torch
 from diffusers import DDPMScheduler
-
-import refl_lora
-from refl import diffusion, randomness
 
 PROMPTS = ["a red cat", "three green apples", "a hill at night, very dark"]
 STEPS, STOP = 6, 4
@@ -115,7 +115,7 @@ def test_gradient_does_not_depend_on_how_it_is_computed(parts, reward):
     arguments = (models, PROMPTS, prompt_embeds, noise, STOP, 0.01, 2.0)
     together = refl_lora.refl_step(*arguments, decode_batch_size=3)
     one_by_one = refl_lora.refl_step(*arguments, decode_batch_size=1)
-    scaled = refl_lora.refl_step(*arguments, loss_scale=1024.0)
+    scaled = refl_lora.refl_step(*arguments, scale=lambda loss: 1024 * loss)
     parts.unet.enable_gradient_checkpointing()
     recomputed = refl_lora.refl_step(*arguments)
     assert relative_difference(one_by_one.gradients, together.gradients) < 1e-10
