@@ -13,9 +13,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from judge import grade  # noqa: E402
 from refl import board, diffusion, imagereward  # noqa: E402
+from refl.errors import UserError, run_as_command  # noqa: E402
+from refl.files import write_whole  # noqa: E402
 from refl.prompts import read_prompts  # noqa: E402
+
+from judge import grade  # noqa: E402
 
 SHOWN = 12  # prompts in the picture: the first ones of the file, whatever came out
 BATCH = 16
@@ -36,8 +39,8 @@ class Options:
     """Where summary.json and before_after.png go."""
     seed: int = 1000
     """Seed of the first picture's noise."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 is none, as in training."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 is none. None: as in training."""
     seconds_training: float | None = None
     """Recorded in the summary."""
     seconds_before: float = 0.0
@@ -49,7 +52,13 @@ def main() -> None:
     options = tyro.cli(Options, use_underscores=True)
     started = time.perf_counter()
     prompts = read_prompts(options.prompts)
-    trained = json.loads(Path(options.lora_path, "options.json").read_text())
+    try:
+        trained = json.loads(Path(options.lora_path, "options.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no trained LoRA in {options.lora_path} ({error}); bash demo/run.sh makes one."
+        ) from error
+    steps, guidance = trained["num_inference_steps"], options.guidance_scale or trained["guidance_scale"]
     reward = imagereward.load(options.checkpoint)
     pipeline = diffusion.load_pipeline(
         Path(options.checkpoint) / "stable-diffusion-v1-4", "ddpm", torch.float32, "cpu"
@@ -63,8 +72,7 @@ def main() -> None:
         for start in tqdm(range(0, len(prompts), BATCH), f"drawing with the {side}", unit="batch"):
             batch = prompts[start : start + BATCH]
             seeds = range(options.seed + start, options.seed + start + len(batch))
-            steps = trained["num_inference_steps"]
-            drawn.append(diffusion.generate(pipeline, batch, seeds, steps, options.guidance_scale))
+            drawn.append(diffusion.generate(pipeline, batch, seeds, steps, guidance))
         drawn = torch.cat(drawn)
         with torch.no_grad():
             rewards[side] = torch.cat(
@@ -99,14 +107,12 @@ def main() -> None:
 
     summary |= {
         "num_prompts": len(prompts),
-        "guidance_scale": options.guidance_scale,
+        "guidance_scale": guidance,
         "seconds_training": options.seconds_training,
         "seconds_total": round(options.seconds_before + time.perf_counter() - started, 1),
         "options": trained,
     }
-    partial = output / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    partial.replace(output / "summary.json")
+    write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     print(f"\n{len(prompts)} held-out prompts     base     LoRA   difference")
     for key in summary["base"]:
@@ -117,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_command(main, "")

@@ -2,7 +2,7 @@
 # The whole product on the bundled demo world: installs, trains with two processes on the CPU, draws before and after.
 #
 #   bash demo/run.sh                          minutes on two cores; results in result/demo/
-#   bash demo/run.sh --max_train_steps 50     any option of refl_lora.py
+#   bash demo/run.sh --max_train_steps 50     any option of refl_lora.py but --output_dir
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./environment.sh requirements.txt
@@ -13,11 +13,14 @@ export CUDA_VISIBLE_DEVICES= NUM_PROCESSES=${NUM_PROCESSES:-2}
 bash train_refl_lora.sh \
   --pretrained_model_name_or_path demo/checkpoint/stable-diffusion-v1-4 --reward_path demo/checkpoint \
   --prompts demo/prompts/train.txt --validation_prompts demo/prompts/held_out.txt \
-  --output_dir result/demo/refl_lora \
-  --num_inference_steps 20 --min_stop 15 --max_stop 19 \
-  --train_batch_size 4 --decode_batch_size 4 --gradient_accumulation_steps 1 --max_train_steps 200 \
-  --learning_rate 2e-3 --rank 8 --validation_steps 50 --num_validation_images 8 "$@"
+  --num_inference_steps 20 --min_stop 8 --max_stop 17 \
+  --train_batch_size 8 --decode_batch_size 8 --gradient_accumulation_steps 1 --max_train_steps 250 \
+  --learning_rate 2e-3 --rank 8 --validation_steps 50 --num_validation_images 8 \
+  "$@" --output_dir result/demo/refl_lora
 trained=$SECONDS
+for option in "$@"; do
+  if [[ $option == --help || $option == -h || $option == --check ]]; then exit 0; fi
+done
 
-"$PYTHON" demo/before_after.py --seconds_training $((trained - started)) --seconds_before $((SECONDS - started))
-echo "curves and pictures of the run: .venv/bin/tensorboard --logdir result/demo/refl_lora/logs"
+OMP_NUM_THREADS=1 "$PYTHON" demo/before_after.py --seconds_training $((trained - started)) --seconds_before $((trained - started))
+echo "curves and pictures of the run: $PYTHON -m tensorboard.main --logdir result/demo/refl_lora/logs"

@@ -56,7 +56,10 @@ def grid(
     """Pictures with a caption below each, scaled to fit `cell` pixels, one row for each sequence."""
     font = ImageFont.load_default(CAPTION_SIZE)
     per_line = max(8, int(cell / (CAPTION_SIZE * 0.52)))
-    lines = [[textwrap.wrap(text, per_line) or [""] for text in row] for row in captions]
+    lines = [
+        [[line for part in text.split("\n") for line in textwrap.wrap(part, per_line)] for text in row]
+        for row in captions
+    ]
     line_height = int(CAPTION_SIZE * 1.3)
     heights = [cell + line_height * max(len(text) for text in row) + 12 for row in lines]
     top = line_height + 12 if header else 0

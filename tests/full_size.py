@@ -32,10 +32,8 @@ def test_the_architectures_are_the_published_ones(full):
     lora = diffusion.add_lora(parts.unet, rank=4, alpha=4, seed=0)
     assert sum(matrix.numel() for matrix in lora) == 797_184  # 3 MB in float32
     weights = imagereward.read_weights(full / "ImageReward.pt")
-    assert (len(weights), sum(value.numel() for value in weights.values())) == (
-        622,
-        pytest.approx(446.67e6, rel=1e-3),
-    )
+    assert len(weights) == 620  # the published 625 but for five that the score does not use
+    assert sum(value.numel() for value in weights.values()) == 446_206_689
 
 
 def test_one_step_trains_and_the_lora_reloads(full, tmp_path):
@@ -54,10 +52,7 @@ def test_one_step_trains_and_the_lora_reloads(full, tmp_path):
     assert run.returncode == 0
     weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert len(weights) == 256 and all(value.isfinite().all() for value in weights.values())
-    assert (
-        sum(value.abs().max() > 0 for name, value in weights.items() if "up" in name or "lora_B" in name)
-        == 128
-    )
+    assert sum(value.abs().max() > 0 for name, value in weights.items() if ".lora.up." in name) == 128
 
     pipeline = StableDiffusionPipeline.from_pretrained(
         full / "stable-diffusion-v1-4", torch_dtype=torch.float32

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
+from transformers import CLIPTokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
+from refl import imagereward  # noqa: E402
+
 import judge  # noqa: E402
 import world  # noqa: E402
 
@@ -129,3 +133,29 @@ def test_oracle_does_not_read_what_is_mixed(drawn):
     small = np.full((64, 64, 3), 255, np.uint8)
     small[24:40, 24:40] = np.asarray(Image.fromarray(red_circle[14:50, 14:50]).resize((16, 16)))
     assert judge.judge(small).shape is None
+
+
+def test_shipped_checkpoint_is_small_and_knows_every_word():
+    files = [path for path in (DEMO / "checkpoint").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 10 * 2**20
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO / "checkpoint/stable-diffusion-v1-4/tokenizer")
+    for caption in world.every_caption():
+        ids = tokenizer(caption).input_ids
+        assert len(ids) == len(caption.split()) + 2 <= tokenizer.model_max_length
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == caption
+    bert = imagereward.load_tokenizer(DEMO / "checkpoint/bert-base-uncased")
+    assert all(bert.unk_token_id not in bert(caption).input_ids for caption in world.every_caption())
+
+
+@pytest.mark.parametrize(("attribute", "least"), [("colour", 0.9), ("shape", 0.85), ("background", 0.9)])
+def test_shipped_reward_prefers_the_right_word(drawn, attribute, least):
+    pictures, prompts = (part[:100] for part in drawn)
+    reward = imagereward.load(DEMO / "checkpoint")
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    wrong = [world.parse(prompt).changed(attribute) for prompt in prompts]  # every other word
+    with torch.no_grad():
+        right = reward(images, prompts)
+        ahead = [
+            right > reward(images, [spec.caption(0) for spec in specs]) for specs in zip(*wrong, strict=True)
+        ]
+    assert torch.stack(ahead).float().mean() >= least

@@ -1,0 +1,95 @@
+"""The oracle of the demo world: reads shape, colour and background from pixels. Nothing in it is learned.
+
+What it cannot read is None and counts as wrong: mixed colours, shapes between two shapes, patchy backgrounds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import world
+from PIL import Image
+
+MAX_DISTANCE = (
+    75  # from a palette colour in RGB, 0 to 255, to be of that colour; the palettes are further apart
+)
+MIN_PURE_BACKGROUND = 0.85  # share of the picture's edge that must be of the background's colour
+MIN_PURE_OBJECT = 0.6  # the same of the object, whose outline may be soft
+MIN_OVERLAP = 0.85  # intersection over union with the best shape; a perfect circle and a square reach 0.84
+MIN_LEAD = 0.02  # by which that must beat the second best
+MARGIN = 5  # pixels at the edge that no object reaches
+
+_UNIT = {  # each shape's area and its centre of mass below its centre, at radius 1
+    shape: (cover.sum() / 400, (cover * (np.arange(world.SIZE) + 0.5 - 32)[:, None]).sum() / cover.sum() / 20)
+    for shape in world.SHAPES
+    for cover in world.cover(shape, np.array([[32, 32, 20]]))
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a picture shows; None for what cannot be read."""
+
+    shape: str | None
+    colour: str | None
+    background: str | None
+
+
+def judge(picture: np.ndarray) -> Verdict:
+    """Reads a picture (H, W, 3) uint8, square, of any size."""
+    if picture.shape[:2] != (world.SIZE, world.SIZE):
+        picture = np.asarray(Image.fromarray(picture).resize((world.SIZE, world.SIZE), Image.Resampling.BOX))
+    pixels = picture.astype(np.float32)
+    edge = np.ones((world.SIZE, world.SIZE), bool)
+    edge[MARGIN:-MARGIN, MARGIN:-MARGIN] = False
+    background = _nearest(pixels[edge], world.BACKGROUND_PALETTE, MIN_PURE_BACKGROUND)
+    if background is None:
+        return Verdict(None, None, None)
+    far = np.linalg.norm(pixels - world.BACKGROUND_PALETTE[background], axis=-1)
+    colour = _nearest(pixels[far > MAX_DISTANCE], world.PALETTE, MIN_PURE_OBJECT)
+    if colour is None:
+        return Verdict(None, None, tuple(world.BACKGROUNDS)[background])
+    inside = np.linalg.norm(pixels - world.PALETTE[colour], axis=-1) < far
+    return Verdict(_shape(inside), tuple(world.COLOURS)[colour], tuple(world.BACKGROUNDS)[background])
+
+
+def grade(pictures: Sequence[np.ndarray | Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Whether pictures show what their prompts say: (N,) each of colour, shape, background, all_right."""
+    verdicts = [judge(np.asarray(picture)) for picture in pictures]
+    wanted = [world.parse(prompt) for prompt in prompts]
+    right = {
+        attribute: np.array(
+            [getattr(v, attribute) == getattr(w, attribute) for v, w in zip(verdicts, wanted, strict=True)],
+            bool,
+        )
+        for attribute in world.ATTRIBUTES
+    }
+    return right | {"all_right": np.logical_and.reduce(list(right.values()))}
+
+
+def _nearest(pixels: np.ndarray, palette: np.ndarray, min_pure: float) -> int | None:
+    """The palette colour nearest to the median of pixels (N, 3), if at least a share `min_pure` are of it."""
+    if not len(pixels):
+        return None
+    distance = np.linalg.norm(np.median(pixels, axis=0) - palette, axis=-1)
+    index = int(distance.argmin())
+    pure = np.linalg.norm(pixels - palette[index], axis=-1) < MAX_DISTANCE
+    return index if distance[index] < MAX_DISTANCE and pure.mean() >= min_pure else None
+
+
+def _shape(inside: np.ndarray) -> str | None:
+    """The shape that, at the mask's own place and size, overlaps the mask (SIZE, SIZE) best."""
+    area = inside.sum()
+    if not area:
+        return None
+    centre_y, centre_x = (places.mean() + 0.5 for places in np.nonzero(inside))
+    overlaps = {}
+    for shape, (unit_area, unit_offset) in _UNIT.items():
+        radius = np.sqrt(area / unit_area)
+        cover = world.cover(shape, np.array([[centre_x, centre_y - unit_offset * radius, radius]]))[0]
+        overlaps[shape] = np.minimum(cover, inside).sum() / np.maximum(cover, inside).sum()
+    best, second = sorted(overlaps, key=overlaps.get, reverse=True)[:2]
+    smallest, largest = 0.75 * world.RADIUS[0], 1.25 * world.RADIUS[1]
+    plausible = smallest < np.sqrt(area / _UNIT[best][0]) < largest
+    clear = overlaps[best] >= MIN_OVERLAP and overlaps[best] - overlaps[second] >= MIN_LEAD
+    return best if plausible and clear else None

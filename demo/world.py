@@ -1,0 +1,140 @@
+"""The demo world: one coloured shape on a plain background, drawn and described.
+
+A `Spec` says what a picture shows; 6 colours x 4 shapes x 4 backgrounds make 96 of them. Arrays of specs, for
+fast drawing, are (N, 3) integers: indices into `COLOURS`, `SHAPES`, `BACKGROUNDS`.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from itertools import product
+
+import numpy as np
+
+SIZE = 64  # pixels a side
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (20, 160, 60),
+    "blue": (20, 90, 240),
+    "yellow": (255, 225, 30),
+    "purple": (150, 30, 170),
+    "pink": (255, 130, 200),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128), "brown": (115, 70, 35)}
+ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "background": tuple(BACKGROUNDS)}
+PALETTE = np.array(list(COLOURS.values()), np.float32)  # (6, 3), 0 to 255
+BACKGROUND_PALETTE = np.array(list(BACKGROUNDS.values()), np.float32)  # (4, 3)
+
+MAX_SHIFT = 4  # pixels from the middle, each way
+RADIUS = (16, 20)
+TEMPLATES = (
+    "a {colour} {shape} on a {background} background",
+    "{background} background with a {colour} {shape}",
+    "a picture of a {colour} {shape} on a {background} background",
+    "a {colour} {shape} in front of a {background} background",
+    "one {colour} {shape} on {background}",
+    "a {background} picture with a {colour} {shape}",
+    "a {shape} in {colour} on a {background} background",
+    "on {background} a {shape} that is {colour}",
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a picture shows, in words."""
+
+    colour: str
+    shape: str
+    background: str
+
+    @property
+    def indices(self) -> tuple[int, int, int]:
+        return tuple(
+            values.index(word) for values, word in zip(ATTRIBUTES.values(), astuple(self), strict=True)
+        )
+
+    @property
+    def held_out(self) -> bool:
+        """True for 24 of the 96, one for each colour and shape, and one for each colour and background."""
+        colour, shape, background = self.indices
+        return (colour + shape) % len(BACKGROUNDS) == background
+
+    def caption(self, template: int) -> str:
+        return TEMPLATES[template].format(**vars(self))
+
+    def changed(self, attribute: str) -> list["Spec"]:
+        """The specs that differ from this one in `attribute` alone."""
+        others = (word for word in ATTRIBUTES[attribute] if word != getattr(self, attribute))
+        return [replace(self, **{attribute: word}) for word in others]
+
+
+SPECS = tuple(Spec(*words) for words in product(*ATTRIBUTES.values()))  # in the order of `spec_number`
+
+
+def spec_number(specs: np.ndarray) -> np.ndarray:
+    """Index into `SPECS`, (...), of specs (..., 3)."""
+    return np.ravel_multi_index(tuple(np.moveaxis(specs, -1, 0)), [len(v) for v in ATTRIBUTES.values()])
+
+
+def every_caption() -> list[str]:
+    """Every phrasing of every spec, phrasings fastest, 96 x 8."""
+    return [spec.caption(template) for spec in SPECS for template in range(len(TEMPLATES))]
+
+
+def prompts(held_out: bool) -> Iterator[str]:
+    """Every phrasing of every spec that is, or is not, held out."""
+    for template, spec in product(range(len(TEMPLATES)), SPECS):
+        if spec.held_out == held_out:
+            yield spec.caption(template)
+
+
+def parse(prompt: str) -> Spec:
+    """The spec that a caption of this world describes."""
+    words = set(re.findall(r"\w+", prompt.lower()))
+    found = [[value for value in values if value in words] for values in ATTRIBUTES.values()]
+    if any(len(values) != 1 for values in found):
+        raise ValueError(f"not a caption of the demo world: {prompt!r}")
+    return Spec(*(values[0] for values in found))
+
+
+def random_specs(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Specs, (count, 3)."""
+    return np.stack([rng.integers(len(values), size=count) for values in ATTRIBUTES.values()], axis=-1)
+
+
+def random_geometry(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Centre x, centre y, radius in pixels, (count, 3) float32."""
+    centre = SIZE / 2 + rng.uniform(-MAX_SHIFT, MAX_SHIFT, (count, 2))
+    return np.concatenate([centre, rng.uniform(*RADIUS, (count, 1))], axis=-1).astype(np.float32)
+
+
+def draw(specs: np.ndarray, geometry: np.ndarray) -> np.ndarray:
+    """Antialiased pictures, (N, SIZE, SIZE, 3) uint8, of specs (N, 3) and geometry (N, 3)."""
+    covered = np.empty((len(specs), SIZE, SIZE), np.float32)
+    for index, shape in enumerate(SHAPES):
+        chosen = specs[:, 1] == index
+        covered[chosen] = cover(shape, geometry[chosen])
+    colour, background = PALETTE[specs[:, 0]], BACKGROUND_PALETTE[specs[:, 2]]
+    covered, colour, background = covered[..., None], colour[:, None, None], background[:, None, None]
+    return (background + covered * (colour - background)).round().astype(np.uint8)
+
+
+def cover(shape: str, geometry: np.ndarray) -> np.ndarray:
+    """How much of each pixel the shape covers, 0 to 1, (N, SIZE, SIZE), of geometry (N, 3)."""
+    pixel = np.arange(SIZE, dtype=np.float32) + 0.5
+    x = pixel[None, None, :] - geometry[:, 0, None, None]
+    y = pixel[None, :, None] - geometry[:, 1, None, None]
+    radius = geometry[:, 2, None, None]
+    if shape == "circle":
+        outside = np.hypot(x, y) - radius
+    elif shape == "square":
+        outside = np.maximum(abs(x), abs(y)) - 0.85 * radius
+    elif shape == "triangle":  # tip above, base below, as wide as two radii
+        outside = np.maximum(y - 0.8 * radius, (1.8 * abs(x) - (y + radius)) / np.hypot(1.8, 1))
+    else:  # two bars
+        arm = 0.34 * radius
+        across = np.maximum(abs(x) - radius, abs(y) - arm)
+        upright = np.maximum(abs(x) - arm, abs(y) - radius)
+        outside = np.minimum(across, upright)
+    return np.clip(0.5 - outside, 0, 1)  # signed distance to the outline, in pixels
