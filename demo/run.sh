@@ -14,8 +14,8 @@ bash train_refl_lora.sh \
   --pretrained_model_name_or_path demo/checkpoint/stable-diffusion-v1-4 --reward_path demo/checkpoint \
   --prompts demo/prompts/train.txt --validation_prompts demo/prompts/held_out.txt \
   --num_inference_steps 20 --min_stop 8 --max_stop 17 \
-  --train_batch_size 8 --decode_batch_size 8 --gradient_accumulation_steps 1 --max_train_steps 250 \
-  --learning_rate 2e-3 --rank 8 --validation_steps 50 --num_validation_images 8 \
+  --train_batch_size 8 --decode_batch_size 8 --gradient_accumulation_steps 1 --max_train_steps 300 \
+  --learning_rate 2e-3 --lr_scheduler cosine --rank 8 --validation_steps 100 --num_validation_images 8 \
   "$@" --output_dir result/demo/refl_lora
 trained=$SECONDS
 for option in "$@"; do
