@@ -211,8 +211,6 @@ def check_options(options: Options) -> None:
                 raise UserError(f"--{name} {getattr(options, name)}: must {demand}.")
     doctor.check_weights(options.pretrained_model_name_or_path, options.reward_path)
     doctor.check_model(options.pretrained_model_name_or_path, options.num_inference_steps)
-    doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
-    read_prompts(options.prompts), read_prompts(options.validation_prompts)
     doctor.check_output_folder(options.output_dir)
 
 
@@ -259,6 +257,12 @@ def predict_noise(models: Models, latents: Tensor, index: int, prompt_embeds: Te
     return eps_empty + models.guidance_scale * (eps_prompt - eps_empty)
 
 
+def predict_x0(models: Models, latents: Tensor, index: int, prompt_embeds: Tensor) -> Tensor:
+    """The picture's latents x0, (B, C, h, w), that x_t at denoising step `index` lets expect."""
+    eps = predict_noise(models, latents, index, prompt_embeds)
+    return models.ddpm.predict_x0(latents, eps, index)
+
+
 @torch.no_grad()
 def rollout(models: Models, noise: Tensor, prompt_embeds: Tensor, stop: int) -> Tensor:
     """DDPM from x_T to x at denoising step `stop`. `noise` (B, > stop, C, h, w): x_T first, then that of each
@@ -289,7 +293,7 @@ def refl_step(
     # x_T -> x_k, and the value of x0, without gradient
     with phase("rollout"), torch.no_grad():
         latents = rollout(models, noise, prompt_embeds, stop)
-        x0 = models.ddpm.predict_x0(latents, predict_noise(models, latents, stop, prompt_embeds), stop)
+        x0 = predict_x0(models, latents, stop, prompt_embeds)
 
     # d loss / d x0 through reward and decoder, a few pictures at a time
     losses, rewards, x0_gradients, saturated = [], [], [], []
@@ -310,7 +314,7 @@ def refl_step(
 
     # d loss / d LoRA = <d loss / d x0, d x0 / d LoRA> through the UNet
     with phase("grad_step"):
-        x0 = models.ddpm.predict_x0(latents, predict_noise(models, latents, stop, prompt_embeds), stop)
+        x0 = predict_x0(models, latents, stop, prompt_embeds)
     with phase("backward"):
         gradients = torch.autograd.grad(x0, models.lora, grad_outputs=torch.cat(x0_gradients))
     loss, saturated = torch.stack(losses).sum(), torch.stack(saturated).mean()
@@ -339,7 +343,7 @@ def validate(
         noise = randomness.noise((randomness.VALIDATION, seed), indices, (last + 1, *noise_shape))
         prompt_embeds = embeds(chosen)
         latents = rollout(models, noise.to(accelerator.device), prompt_embeds, last)
-        x0 = models.ddpm.predict_x0(latents, predict_noise(models, latents, last, prompt_embeds), last)
+        x0 = predict_x0(models, latents, last, prompt_embeds)
         for latent, prompt in zip(x0, chosen, strict=True):
             picture = diffusion.decode(models.vae, latent[None]).clamp(0, 1)
             rewards.append(models.reward(picture, [prompt]))
@@ -400,11 +404,11 @@ def main() -> None:
     # ---- options
     options = read_options(sys.argv[1:])
     check_options(options)
-    if options.check:
-        return
     resolution = doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
     prompts = read_prompts(options.prompts)
     validation_prompts = read_prompts(options.validation_prompts)[: options.num_validation_images]
+    if options.check:
+        return
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.mixed_precision)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
@@ -540,9 +544,7 @@ def main() -> None:
             learning_rate = optimizer.param_groups[0]["lr"]
             scaler.step(optimizer)
             scaler.update()
-            skipped = (
-                scaler.get_scale() < scale
-            )  # float16 overflowed: no step was taken, the scale is lowered
+            skipped = scaler.get_scale() < scale  # float16 overflowed: no step taken, the scale lowered
             if not skipped:
                 lr_scheduler.step()
 

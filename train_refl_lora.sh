@@ -10,8 +10,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # $PYTHON if it is set; else the active environment, or the .venv that demo/run.sh makes: the first that has what it takes.
+find='from importlib.util import find_spec as f; import sys; sys.exit(not all(map(f, ("accelerate", "peft", "tyro"))))'
 for python in ${PYTHON:-python "$here/.venv/bin/python"}; do
-  find='from importlib.util import find_spec as f; import sys; sys.exit(not all(map(f, ("accelerate", "peft", "tyro"))))'
   if "$python" -c "$find" 2>/dev/null; then ready=yes && break; fi
 done
 if [[ -z ${ready:-} ]]; then
