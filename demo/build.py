@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
@@ -26,7 +25,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -40,7 +39,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from refl import imagereward  # noqa: E402
+from refl import board, imagereward  # noqa: E402
 from refl.diffusion import decode, generate, load_pipeline  # noqa: E402
 
 import judge  # noqa: E402
@@ -800,36 +799,13 @@ def reward_along_blends(
 
 
 def draw_samples(
-    path: Path,
-    drawn: np.ndarray,
-    decoded: np.ndarray,
-    samples: np.ndarray,
-    prompts: list[str],
-    columns: int = 6,
+    path: Path, drawn: np.ndarray, decoded: np.ndarray, samples: np.ndarray, prompts: list[str]
 ) -> None:
-    """Drawings above their reconstructions, then three rows of the base model's pictures with prompts."""
-    cell, line = 3 * world.SIZE, 52
-    font = ImageFont.load_default(14)
-    rows = [(drawn[:columns], None), (decoded[:columns], None)]
-    rows += [(samples[i : i + columns], prompts[i : i + columns]) for i in range(0, 3 * columns, columns)]
-    titles = {
-        0: "drawings",
-        1: "the same through the autoencoder",
-        2: "the base model's pictures (no guidance)",
-    }
-    sheet = Image.new("RGB", (columns * cell, len(rows) * (cell + line)), "white")
-    canvas = ImageDraw.Draw(sheet)
-    for row, (pictures, captions) in enumerate(rows):
-        top = row * (cell + line)
-        if captions is None:
-            canvas.text((4, top + 12), titles[row], "black", font)
-        for column, picture in enumerate(pictures):
-            tile = Image.fromarray(picture).resize((cell - 4, cell - 4), Image.Resampling.NEAREST)
-            sheet.paste(tile, (column * cell, top + line))
-            if captions is not None:
-                caption = "\n".join(textwrap.wrap(captions[column], 27))
-                canvas.multiline_text((column * cell + 2, top + 3), caption, "black", font, spacing=1)
-    sheet.save(path, optimize=True)
+    """Six drawings, their reconstructions, then eighteen pictures of the base model with their prompts."""
+    rows = [drawn[:6], decoded[:6], samples[:6], samples[6:12], samples[12:18]]
+    captions = [["drawing"] * 6, ["through the autoencoder"] * 6, prompts[:6], prompts[6:12], prompts[12:18]]
+    pictures = [[Image.fromarray(picture) for picture in row] for row in rows]
+    board.save_picture(board.grid(pictures, captions, 3 * world.SIZE), path)
 
 
 STAGES = (
