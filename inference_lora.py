@@ -8,13 +8,14 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refl import board, diffusion, doctor, drawing
+from refl import board, diffusion, doctor, drawing, rewards
 from refl.errors import UserError, run_as_command
 from refl.files import write_whole
-from refl.rewards import REWARDS, Reward
 
 import torch
 import tyro
+from PIL import Image
+from torch import Tensor
 
 PAIRS_A_ROW, MAX_PAIRS = 5, 40  # of grid.png
 AS_TRAINED = ("guidance_scale", "sampler", "num_inference_steps", "resolution")
@@ -33,7 +34,7 @@ class Options(drawing.DrawingOptions):
     compare: bool = True
     """Draw the pictures without the LoRA as well, for grid.png."""
     reward: str = "imagereward"
-    """The reward shown with the pictures, if its weights are there."""
+    """The reward shown with the pictures, if its weights are there: as in training, one or a weighted sum."""
     reward_path: str = "checkpoint"
     """Folder of ImageReward.pt, med_config.json and bert-base-uncased/."""
     output_dir: str = "result/refl_lora"
@@ -45,8 +46,7 @@ def main() -> None:
     # ---- options
     options = tyro.cli(Options, use_underscores=True)
     doctor.check_weights(options.pretrained_model_name_or_path, None)
-    if options.reward not in REWARDS:
-        raise UserError(f"--reward {options.reward}: known rewards are {', '.join(REWARDS)}.")
+    named = rewards.parse(options.reward)
     metadata = diffusion.read_metadata(options.lora_path)
     trained = {name: metadata[name] for name in AS_TRAINED if name in metadata}
     if options.as_trained:
@@ -64,17 +64,18 @@ def main() -> None:
     # ---- models
     pipeline = drawing.pipeline(options)
     diffusion.load_lora(pipeline, options.lora_path, options.lora_scale)
-    reward = None
+    scorers = None
     try:
-        doctor.check_weights(options.pretrained_model_name_or_path, options.reward_path)
-        reward = REWARDS[options.reward](options.reward_path, pipeline.device, torch.float32)
+        if "imagereward" in named:
+            doctor.check_reward(options.reward_path)
+        scorers = rewards.load(options.reward, options.reward_path, pipeline.device, torch.float32)
     except UserError as error:
         print(f"no rewards shown: {error}")
 
     # ---- pictures: after, then before; those of the grid are kept
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    kept, rewards = {"before": [], "after": []}, {"before": [], "after": []}
+    kept, scores = {"before": [], "after": []}, {"before": [], "after": []}
     wanted = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
     for side in ("after", "before") if options.compare else ("after",):
         if side == "before":
@@ -83,25 +84,26 @@ def main() -> None:
         for index, (picture, prompt) in enumerate(zip(drawn, wanted, strict=True)):
             if side == "after":
                 board.save_picture(picture, output / f"{index}.png")
-            if reward:
-                rewards[side].append(score(reward, picture, prompt, pipeline.device))
+            if scorers:
+                scores[side].append(score(scorers, picture, prompt, pipeline.device))
             if index < MAX_PAIRS:
                 kept[side].append(picture)
     print(f"{len(wanted)} pictures in {output}")
 
     # ---- rewards
-    sides = [side for side in ("before", "after") if rewards[side]]
-    if sides:
-        means = {side: sum(rewards[side]) / len(wanted) for side in sides}
+    scores = {side: torch.stack(found, dim=1) for side, found in scores.items() if found}  # (K, pictures)
+    totals = {side: scorers.total(found).tolist() for side, found in scores.items()}
+    if scores:
+        means = {side: sum(total) / len(wanted) for side, total in totals.items()}
         print(f"{options.reward}: " + ", ".join(f"{side} {mean:+.3f}" for side, mean in means.items()))
+        each = {side: scorers.means(found) for side, found in scores.items()}
         pictures = [
             {"file": f"{index}.png", "prompt": prompt, "seed": options.seed + index}
-            | {side: rewards[side][index] for side in sides}
+            | {side: total[index] for side, total in totals.items()}
             for index, prompt in enumerate(wanted)
         ]
-        write_whole(
-            output / "rewards.json", json.dumps({"mean": means, "pictures": pictures}, indent=2) + "\n"
-        )
+        report = {"reward": options.reward, "mean": means, "mean_of_each": each, "pictures": pictures}
+        write_whole(output / "rewards.json", json.dumps(report, indent=2) + "\n")
 
     # ---- grid: before above after
     if options.compare:
@@ -110,7 +112,7 @@ def main() -> None:
             for side, pictures in kept.items():
                 indices = range(start, min(start + PAIRS_A_ROW, len(pictures)))
                 rows.append([pictures[index] for index in indices])
-                values = [f"{rewards[side][index]:+.2f}  " if rewards[side] else "" for index in indices]
+                values = [f"{totals[side][index]:+.2f}  " if totals else "" for index in indices]
                 captions.append(
                     [f"{side}  {value}{wanted[index]}" for value, index in zip(values, indices, strict=True)]
                 )
@@ -119,9 +121,11 @@ def main() -> None:
 
 
 @torch.no_grad()
-def score(reward: Reward, picture, prompt: str, device: torch.device) -> float:
-    """The reward of one PIL picture for its prompt."""
-    return reward(board.to_tensor(picture)[None].to(device), [prompt]).item()
+def score(
+    scorers: rewards.WeightedRewards, picture: Image.Image, prompt: str, device: torch.device
+) -> Tensor:
+    """Each reward's score of one picture for its prompt, (K,)."""
+    return scorers(board.to_tensor(picture)[None].to(device), [prompt])[:, 0].cpu()
 
 
 if __name__ == "__main__":

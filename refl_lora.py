@@ -38,11 +38,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from refl import board, diffusion, doctor, randomness
+from refl import board, diffusion, doctor, randomness, rewards
 from refl.errors import UserError, run_as_command
 from refl.files import write_whole
 from refl.prompts import prompt_index, read_prompts
-from refl.rewards import REWARDS, Reward
+from refl.rewards import WeightedRewards
 
 import torch
 import tyro
@@ -69,7 +69,8 @@ class Options:
     pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
     """Folder of the text-to-image model, in diffusers' layout."""
     reward: str = "imagereward"
-    """The reward to maximise."""
+    """What to maximise: imagereward; a function of your own as module:function; or a weighted sum, such as
+    imagereward:1.0,my_rewards:redness:0.5."""
     reward_path: str = "checkpoint"
     """Folder of ImageReward.pt, med_config.json and bert-base-uncased/."""
     prompts: str = "data/train_prompts.txt"
@@ -120,7 +121,8 @@ class Options:
     """Factor on the loss. AdamW nearly cancels it: it matters against --max_grad_norm and --adam_epsilon
     only."""
     reward_target: float | None = 2.0
-    """Pictures scored above this get no gradient; None: maximise the plain reward."""
+    """Pictures whose reward, the weighted sum of all, is above this get no gradient; None: maximise the plain
+    reward."""
     num_inference_steps: int = 40
     """DDPM steps from noise to picture."""
     min_stop: int = 30
@@ -187,7 +189,6 @@ def check_options(options: Options) -> None:
         ("adam_weight_decay", lambda v: 0 <= v < math.inf, "be 0 or more"),
         ("adam_beta1 adam_beta2", lambda v: 0 <= v < 1, "be at least 0 and below 1"),
         ("reward_target", lambda v: v is None or math.isfinite(v), "be a number, or None"),
-        ("reward", lambda v: v in REWARDS, f"be one of {', '.join(REWARDS)}"),
         ("use_8bit_adam", lambda v: not v or find_spec("bitsandbytes"), "have: pip install bitsandbytes"),
         (
             "decode_batch_size",
@@ -209,7 +210,10 @@ def check_options(options: Options) -> None:
         for name in names.split():
             if not is_right(getattr(options, name)):
                 raise UserError(f"--{name} {getattr(options, name)}: must {demand}.")
-    doctor.check_weights(options.pretrained_model_name_or_path, options.reward_path)
+    named = rewards.parse(options.reward)
+    doctor.check_weights(
+        options.pretrained_model_name_or_path, options.reward_path if "imagereward" in named else None
+    )
     doctor.check_model(options.pretrained_model_name_or_path, options.num_inference_steps)
     doctor.check_output_folder(options.output_dir)
 
@@ -224,7 +228,7 @@ class Models:
     unet: torch.nn.Module
     lora: list[torch.nn.Parameter]
     vae: torch.nn.Module
-    reward: Reward
+    rewards: WeightedRewards
     ddpm: diffusion.Ddpm
     guidance_scale: float = 1.0
 
@@ -234,7 +238,8 @@ class StepResult:
     """What a step found, nothing of it attached to a graph."""
 
     loss: Tensor  # (), grad_scale * mean over the batch
-    rewards: Tensor  # (B,)
+    scores: Tensor  # (K, B), of each reward by itself, not weighted
+    rewards: Tensor  # (B,), their weighted sum
     gradients: tuple[Tensor, ...]  # scale(d loss / d LoRA), one for each matrix
     saturated: Tensor  # (), share of colour values that decode outside [0, 1], where the gradient is zero
 
@@ -296,20 +301,21 @@ def refl_step(
         x0 = predict_x0(models, latents, stop, prompt_embeds)
 
     # d loss / d x0 through reward and decoder, a few pictures at a time
-    losses, rewards, x0_gradients, saturated = [], [], [], []
+    losses, scores, x0_gradients, saturated = [], [], [], []
     for start in range(0, len(prompts), decode_batch_size):
         chunk = slice(start, start + decode_batch_size)
         leaf = x0[chunk].detach().requires_grad_()
         with phase("decode"):
             pictures = diffusion.decode(models.vae, leaf)  # (b, 3, H, W)
         with phase("reward"):
-            reward = models.reward(pictures.clamp(0, 1), prompts[chunk])  # (b,)
+            own_scores = models.rewards(pictures.clamp(0, 1), prompts[chunk])  # (K, b)
+            reward = models.rewards.total(own_scores)  # (b,)
             shortfall = -reward if reward_target is None else (reward_target - reward).relu()
             loss = grad_scale * shortfall.sum() / len(prompts)
         with phase("backward"):
             x0_gradients += torch.autograd.grad(scale(loss), leaf)
         losses.append(loss.detach())
-        rewards.append(reward.detach())
+        scores.append(own_scores.detach())
         saturated.append(((pictures < 0) | (pictures > 1)).float().mean())
 
     # d loss / d LoRA = <d loss / d x0, d x0 / d LoRA> through the UNet
@@ -318,7 +324,8 @@ def refl_step(
     with phase("backward"):
         gradients = torch.autograd.grad(x0, models.lora, grad_outputs=torch.cat(x0_gradients))
     loss, saturated = torch.stack(losses).sum(), torch.stack(saturated).mean()
-    return StepResult(loss, torch.cat(rewards), gradients, saturated)
+    scores = torch.cat(scores, dim=1)  # (K, B)
+    return StepResult(loss, scores, models.rewards.total(scores), gradients, saturated)
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -329,13 +336,13 @@ def validate(
     models: Models, prompts: list[str], embeds: Callable[[list[str]], Tensor], noise_shape: tuple[int, ...],
     seed: int, batch_size: int, accelerator: Accelerator,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pictures (N, 3, H, W) uint8 of the prompts, always from the same noise, and their rewards (N,).
+    """Pictures (N, 3, H, W) uint8 of the prompts, always from the same noise, and their scores (K, N).
 
     The processes share the work; each returns the whole.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     own = range(rank, math.ceil(len(prompts) / world) * world, world)  # padded: every process draws as many
-    pictures, rewards = [], []
+    pictures, scores = [], []
     last = len(models.ddpm.timesteps) - 1
     for start in range(0, len(own), batch_size):
         indices = [index % len(prompts) for index in own[start : start + batch_size]]
@@ -346,11 +353,11 @@ def validate(
         x0 = predict_x0(models, latents, last, prompt_embeds)
         for latent, prompt in zip(x0, chosen, strict=True):
             picture = diffusion.decode(models.vae, latent[None]).clamp(0, 1)
-            rewards.append(models.reward(picture, [prompt]))
+            scores.append(models.rewards(picture, [prompt]))  # (K, 1)
             pictures.append((picture * 255).round().byte())
     order = torch.arange(len(own) * world).view(world, len(own)).T.flatten()[: len(prompts)]
-    pictures, rewards = accelerator.gather(torch.cat(pictures)), accelerator.gather(torch.cat(rewards))
-    return pictures[order.to(pictures.device)], rewards[order.to(rewards.device)]
+    pictures, scores = (accelerator.gather(torch.cat(own)) for own in (pictures, [own.T for own in scores]))
+    return pictures[order.to(pictures.device)], scores[order.to(scores.device)].T
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -426,7 +433,7 @@ def main() -> None:
         unet=parts.unet,
         lora=diffusion.add_lora(parts.unet, options.rank, lora_alpha, options.seed),
         vae=parts.vae,
-        reward=REWARDS[options.reward](options.reward_path, device, weight_dtype),
+        rewards=rewards.load(options.reward, options.reward_path, device, weight_dtype),
         ddpm=diffusion.Ddpm(parts.scheduler_config, options.num_inference_steps),
         guidance_scale=options.guidance_scale,
     )
@@ -483,12 +490,13 @@ def main() -> None:
             board.write_options(writer, saved_options)
 
     def show_validation(step: int) -> float:
-        pictures, rewards = validate(
+        pictures, scores = validate(
             models, validation_prompts, embeds, noise_shape, options.seed, batch, accelerator
         )  # fmt: skip
+        total = models.rewards.total(scores)  # (N,)
         if writer:
             captions = [
-                f"{reward:+.2f}  {prompt}" for reward, prompt in zip(rewards, validation_prompts, strict=True)
+                f"{reward:+.2f}  {prompt}" for reward, prompt in zip(total, validation_prompts, strict=True)
             ]
             cells = [board.to_pil(picture / 255) for picture in pictures]
             rows = [slice(start, start + 4) for start in range(0, len(cells), 4)]
@@ -496,8 +504,9 @@ def main() -> None:
                 [cells[row] for row in rows], [captions[row] for row in rows], header=f"step {step}"
             )
             board.write_picture(writer, "validation/pictures", sheet, step)
-            board.write_scalars(writer, {"validation/reward": rewards.mean().item()}, step)
-        return rewards.mean().item()
+            means = {f"validation/{name}": mean for name, mean in models.rewards.means(scores).items()}
+            board.write_scalars(writer, {"validation/reward": total.mean().item()} | means, step)
+        return total.mean().item()
 
     # ---- loop
     first_validation = last_validation = show_validation(0) if options.validation_steps else None
@@ -554,36 +563,39 @@ def main() -> None:
         numbers = step_numbers(results, stops, norms, seconds, device)
         vector = torch.stack([number.float().to(device) for number in numbers.values()])
         values = dict(zip(numbers, accelerator.reduce(vector, reduction="mean").tolist(), strict=True))
-        rewards = accelerator.gather(torch.cat([result.rewards for result in results])).float().cpu()
+        scores = torch.cat([result.scores for result in results], dim=1)
+        scores = accelerator.gather(scores.T.contiguous()).T.float().cpu()  # (K, pictures of the step)
+        total, means = models.rewards.total(scores), models.rewards.means(scores)
         if (
             not (math.isfinite(values["loss"]) and (skipped or math.isfinite(grad_norm)))
             or scaler.get_scale() < 1
         ):
+            broken = [name for name, mean in means.items() if not math.isfinite(mean)]
             raise UserError(
                 f"step {step + 1}: the loss or its gradient is not a finite number (loss {values['loss']}, "
-                f"gradient norm {grad_norm}). Nothing was saved. Try a lower --learning_rate, or "
+                f"gradient norm {grad_norm}{', from the reward ' if broken else ''}{' and '.join(broken)}). "
+                "Nothing was saved. Try a lower --learning_rate, or "
                 "--mixed_precision bf16 or no."
             )
         values |= {
-            "reward/mean": rewards.mean().item(),
-            "reward/std": rewards.std(correction=0).item(),
-            "reward/min": rewards.min().item(),
-            "reward/max": rewards.max().item(),
+            "reward/mean": total.mean().item(),
+            "reward/std": total.std(correction=0).item(),
+            "reward/min": total.min().item(),
+            "reward/max": total.max().item(),
             "gradient_norm": grad_norm / options.grad_scale,
             "learning_rate": learning_rate,
         }
+        values |= {f"reward/{name}": mean for name, mean in means.items()}
         if options.reward_target is not None:
-            values["reward/above_target"] = (rewards > options.reward_target).float().mean().item()
-        values |= {
-            f"pictures_per_second/{name}": len(rewards) / values[f"seconds/{name}"] for name in seconds
-        }
+            values["reward/above_target"] = (total > options.reward_target).float().mean().item()
+        values |= {f"pictures_per_second/{name}": len(total) / values[f"seconds/{name}"] for name in seconds}
         if writer:
             board.write_scalars(
                 writer, {tag: value for tag, value in values.items() if math.isfinite(value)}, step + 1
             )
-            writer.add_histogram("reward/histogram", rewards, step + 1)
+            writer.add_histogram("reward/histogram", total, step + 1)
         bar.set_postfix(
-            reward=f"{rewards.mean():+.3f}", loss=f"{values['loss']:.2e}", lr=f"{learning_rate:.1e}"
+            reward=f"{total.mean():+.3f}", loss=f"{values['loss']:.2e}", lr=f"{learning_rate:.1e}"
         )
         if options.validation_steps and ((step + 1) % options.validation_steps == 0 or step + 1 == len(bar)):
             last_validation = show_validation(step + 1)

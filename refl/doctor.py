@@ -12,18 +12,36 @@ MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
 
 def check_weights(model_folder: str | Path, reward_folder: str | Path | None) -> None:
-    """All weights are there; what is missing is named at once, with its place and its source."""
+    """All weights are there; what is missing is named at once, with its place and its source.
+
+    `reward_folder` is ImageReward's, None where it is not used.
+    """
     model = Path(model_folder)
     wanted = {path: "CompVis/stable-diffusion-v1-4" for path in [model / part for part in MODEL_PARTS]}
     if not model.exists():
         wanted = {model: "CompVis/stable-diffusion-v1-4"}
     if reward_folder is not None:
-        tokenizer = Path(reward_folder) / "bert-base-uncased"
-        wanted[Path(reward_folder) / "ImageReward.pt"] = "THUDM/ImageReward"
-        wanted[Path(reward_folder) / "med_config.json"] = "THUDM/ImageReward"
-        wanted[tokenizer if not tokenizer.exists() else tokenizer / "vocab.txt"] = (
-            "google-bert/bert-base-uncased"
-        )
+        wanted |= _reward_files(Path(reward_folder))
+    _require(wanted)
+
+
+def check_reward(folder: str | Path) -> None:
+    """ImageReward's files are there."""
+    _require(_reward_files(Path(folder)))
+
+
+def _reward_files(folder: Path) -> dict[Path, str]:
+    weights, tokenizer = folder / "ImageReward.pt", folder / "bert-base-uncased"
+    if not weights.exists() and weights.with_suffix(".safetensors").exists():
+        weights = weights.with_suffix(".safetensors")
+    return {
+        weights: "THUDM/ImageReward",
+        folder / "med_config.json": "THUDM/ImageReward",
+        tokenizer / "vocab.txt" if tokenizer.exists() else tokenizer: "google-bert/bert-base-uncased",
+    }
+
+
+def _require(wanted: dict[Path, str]) -> None:
     missing = [
         f"  {path}  (on the Hugging Face Hub: {hub})" for path, hub in wanted.items() if not path.exists()
     ]

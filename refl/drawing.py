@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from refl import board, diffusion, doctor
+from refl import board, devices, diffusion, doctor
 from refl.errors import UserError
 from refl.prompts import read_prompts
 
@@ -62,11 +62,7 @@ def check(options: DrawingOptions) -> list[str]:
 
 def pipeline(options: DrawingOptions) -> StableDiffusionPipeline:
     """The pipeline that the options ask for."""
-    try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device}: not a device of this machine.") from error
+    device = devices.find(options.device)
     dtype = DTYPES[options.dtype or ("fp16" if device.type == "cuda" else "fp32")]
     return diffusion.load_pipeline(options.pretrained_model_name_or_path, options.sampler, dtype, device)
 

@@ -6,6 +6,8 @@ python tests/random_checkpoint.py FOLDER --size full
 
 import argparse
 import json
+import re
+import string
 from pathlib import Path
 
 from refl import imagereward
@@ -14,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import BlipTextConfig, BlipVisionConfig, CLIPTextConfig, CLIPTextModel
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     "full": {
         "unet": {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "norm_num_groups": 32},
@@ -137,8 +140,13 @@ def write_reward(folder: Path, spec: dict) -> None:
     """ImageReward.pt, med_config.json (with the extra keys for sizes other than the published) and the
     tokenizer."""
     bert, vision = spec["bert"], spec["vision"]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(97 + index) for index in range(26))]
-    words += [f"##{chr(97 + index)}" for index in range(26)]
+    letters = [chr(97 + index) for index in range(26)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    words += [*string.digits, *string.punctuation][: bert["vocabulary"] - len(words)]
+    if bert["vocabulary"] > 10_000:  # words, and letters of other scripts, so that prompts look as they do
+        cyrillic, kana = (map(chr, range(*block)) for block in ((0x430, 0x460), (0x3041, 0x30FF)))
+        prompts = (ROOT / "data" / "train_prompts.txt").read_text().lower()
+        words += [*cyrillic, *kana, *sorted(set(re.findall(r"[a-z]{2,}", prompts)))]
     words += [f"[unused{index}]" for index in range(bert["vocabulary"] - len(words))]
     (folder / "bert-base-uncased").mkdir()
     (folder / "bert-base-uncased" / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -168,10 +176,13 @@ def write_reward(folder: Path, spec: dict) -> None:
         imagereward.load_tokenizer(folder / "bert-base-uncased"),
         spec["head"],
     )
-    with torch.no_grad():  # of a scale that makes scores of different pictures and prompts differ
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=weight[0].numel() ** -0.5)
+    with torch.no_grad():  # every one random, at a scale that makes scores of pictures and prompts differ
+        for name, weight in model.named_parameters():
+            is_norm = "norm" in name.lower() and weight.ndim == 1
+            fan_in = 1 if "embeddings." in name and "patch" not in name else weight[0].numel()
+            weight.normal_(
+                mean=is_norm and name.endswith("weight"), std=0.1 if weight.ndim == 1 else fan_in**-0.5
+            )
     torch.save(imagereward.published_state_dict(model), folder / "ImageReward.pt")
     med_config = {
         "hidden_act": "gelu",

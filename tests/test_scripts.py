@@ -104,6 +104,7 @@ def test_tensorboard_holds_everything(trained):
     assert scalars >= {
         "loss", "reward/mean", "reward/std", "reward/min", "reward/max", "reward/above_target",
         "gradient_norm", "learning_rate", "pictures/saturated", "memory/peak_gib", "validation/reward",
+        "reward/imagereward", "validation/imagereward",
         *(f"seconds/{phase}" for phase in phases), *(f"pictures_per_second/{phase}" for phase in phases),
     }  # fmt: skip
     by_stop = {tag: len(board.Scalars(tag)) for tag in scalars if tag.startswith("gradient_norm_by_stop/")}
@@ -308,7 +309,7 @@ MISTAKES = {
     "--grad_scale -1": "--grad_scale -1.0: must be positive",
     "--resolution 100": "multiples of 64 pixels, such as 64 or 128",
     "--resolution -64": "multiples of 64",
-    "--reward pickscore": "--reward pickscore: must be one of imagereward",
+    "--reward pickscore": "--reward pickscore: pickscore is not a reward; name imagereward or a function",
     "--prompts nowhere.txt": "nowhere.txt: the prompts file cannot be read",
     "--validation_prompts nowhere.txt": "nowhere.txt",
     "--output_dir README.md/out": "README.md is not a folder",

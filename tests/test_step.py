@@ -5,6 +5,8 @@ import math
 
 import refl_lora
 from refl import diffusion, randomness
+from refl.rewards import WeightedRewards
+from refl.rewards import load as load_rewards
 
 import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
 import pytest
@@ -26,8 +28,9 @@ def build(
             matrix.copy_(torch.randn(matrix.shape, generator=generator) * 0.3)
     for part in (parts.unet, parts.vae, parts.text_encoder, reward):
         part.to(dtype)
+    rewards = WeightedRewards({"imagereward": reward}, {"imagereward": 1.0})
     models = refl_lora.Models(
-        parts.unet, lora, parts.vae, reward, diffusion.Ddpm(parts.scheduler_config, STEPS), guidance_scale
+        parts.unet, lora, parts.vae, rewards, diffusion.Ddpm(parts.scheduler_config, STEPS), guidance_scale
     )
     embeds = torch.stack(list(diffusion.encode_prompts(parts, ["", *PROMPTS])))
     empty, embeds = embeds[:1].expand(len(PROMPTS), -1, -1), embeds[1:]
@@ -61,7 +64,7 @@ def plain_chain(models, parts, prompt_embeds, noise, stop, grad_scale, target, m
     t = scheduler.timesteps[stop]
     x0 = scheduler.step(predict(latents, t), t, latents).pred_original_sample
     pictures = (models.vae.decode(x0 / models.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-    rewards = models.reward(pictures, PROMPTS)
+    rewards = models.rewards.rewards["imagereward"](pictures, PROMPTS)
     loss = grad_scale * (-rewards if target is None else torch.relu(target - rewards)).mean()
     return loss, rewards, torch.autograd.grad(loss, models.lora)
 
@@ -124,6 +127,23 @@ def test_gradient_does_not_depend_on_how_it_is_computed(parts, reward):
     assert scaled.loss.item() == pytest.approx(together.loss.item(), rel=1e-12)
 
 
+def test_gradient_of_a_sum_is_the_sum_of_gradients(parts, reward):
+    models, prompt_embeds, noise = build(parts, reward)
+    both = {"imagereward": reward, "red": lambda images, prompts: images[:, 0].mean((1, 2))}
+    found = {}
+    for name, weights in (("imagereward", (1, 0)), ("red", (0, 1)), ("sum", (0.5, -2.0))):
+        models.rewards = WeightedRewards(both, dict(zip(both, weights, strict=True)))
+        found[name] = refl_lora.refl_step(models, PROMPTS, prompt_embeds, noise, STOP, 0.01, None)
+    expected = [
+        0.5 * a - 2 * b for a, b in zip(found["imagereward"].gradients, found["red"].gradients, strict=True)
+    ]
+    assert relative_difference(found["sum"].gradients, expected) < 1e-10
+    assert found["sum"].scores.shape == (2, len(PROMPTS))
+    torch.testing.assert_close(
+        found["sum"].rewards, 0.5 * found["imagereward"].rewards - 2 * found["red"].rewards
+    )
+
+
 def test_pictures_above_the_target_give_no_gradient(parts, reward):
     models, prompt_embeds, noise = build(parts, reward)
     result = refl_lora.refl_step(models, PROMPTS, prompt_embeds, noise, STOP, 0.01, -100.0)
@@ -142,8 +162,8 @@ def test_half_precision_keeps_the_lora_in_float32(parts, reward, tiny, dtype):
             matrix.copy_(value)
     assert {matrix.dtype for matrix in lora} == {torch.float32}
     assert {p.dtype for p in half_parts.unet.parameters() if not p.requires_grad} == {dtype}
-    half_reward = refl_lora.REWARDS["imagereward"](tiny, torch.device("cpu"), dtype)
-    models = refl_lora.Models(half_parts.unet, lora, half_parts.vae, half_reward, exact_models.ddpm)
+    rewards = load_rewards("imagereward", tiny, torch.device("cpu"), dtype)
+    models = refl_lora.Models(half_parts.unet, lora, half_parts.vae, rewards, exact_models.ddpm)
     half = refl_lora.refl_step(models, PROMPTS, exact_embeds.to(dtype), noise.float(), STOP, 0.01, 2.0)
     assert half.rewards.dtype == torch.float32
     assert {gradient.dtype for gradient in half.gradients} == {torch.float32}

@@ -1,0 +1,430 @@
+"""ImageReward (Xu et al. 2023, arXiv 2304.05977) on transformers' BLIP classes, from the published files.
+
+    scorer = imagereward.load("checkpoint")
+    scorer.score("a red fox", "fox.png")             # the published score of a picture
+    scorer.rank("a red fox", ["1.png", "2.png"])     # places, 1 is the best, and scores
+    scorer(images, prompts)                          # tensors in [0, 1]; differentiable
+
+    python -m refl.imagereward "a red fox" *.png     # the same as a table
+
+A BLIP vision tower reads the picture, a BERT with cross attention reads the prompt while looking at the
+picture, and a linear head turns the feature of the first token into a score. `ImageReward.pt` is loaded as
+published: only its keys are renamed. Files that follow the same format at other sizes load as well: sizes are
+read from the weights' shapes, and what shapes do not tell (heads, activation, normalisation of the score)
+from `med_config.json`, where keys that the published file lacks default to the published values.
+"""
+
+import json
+import logging
+import math
+import re
+import zipfile
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from textwrap import shorten
+
+from refl.errors import UserError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+
+MAX_TOKENS = 35  # longer prompts are cut here, as published
+# The linear layers among `mlp.layers`; the dropouts between them do nothing here.
+HEAD_LAYERS = (0, 2, 4, 6, 7)
+# The published normalisation of the head's output.
+SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as BLIP uses them
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Published keys and ours. "#" stands for a number, "*" for the rest.
+KEYS = (
+    ("blip.visual_encoder.cls_token", "vision.embeddings.class_embedding"),
+    ("blip.visual_encoder.pos_embed", "vision.embeddings.position_embedding"),
+    ("blip.visual_encoder.patch_embed.proj.*", "vision.embeddings.patch_embedding.*"),
+    ("blip.visual_encoder.blocks.#.norm#.*", "vision.encoder.layers.#.layer_norm#.*"),
+    ("blip.visual_encoder.blocks.#.attn.qkv.*", "vision.encoder.layers.#.self_attn.qkv.*"),
+    ("blip.visual_encoder.blocks.#.attn.proj.*", "vision.encoder.layers.#.self_attn.projection.*"),
+    ("blip.visual_encoder.blocks.#.mlp.*", "vision.encoder.layers.#.mlp.*"),
+    ("blip.visual_encoder.norm.*", "vision.post_layernorm.*"),
+    ("blip.text_encoder.*", "text.*"),
+    ("mlp.layers.*", "head.*"),
+)
+PUBLISHED = tuple((ours, published) for published, ours in KEYS)
+# Those whose shapes tell the sizes of a model.
+SIZING_KEYS = (
+    "vision.embeddings.position_embedding",
+    "vision.embeddings.patch_embedding.weight",
+    "vision.encoder.layers.0.mlp.fc1.weight",
+    "text.embeddings.word_embeddings.weight",
+    "text.embeddings.position_embeddings.weight",
+    "text.encoder.layer.0.intermediate.dense.weight",
+    *(f"head.{layer}.weight" for layer in HEAD_LAYERS),
+)
+UNUSED_KEYS = re.compile(r"^blip\.(text_encoder\.embeddings\.position_ids$|vision_proj\.|text_proj\.)")
+
+Picture = Image.Image | str | PathLike | Tensor  # a tensor: (3, H, W) in [0, 1]
+
+
+# -------------------------------------------------------------------------------------------------- the model
+
+
+class VisionAttention(BlipAttention):
+    """BLIP's self-attention by torch's fused kernel, which keeps no (tokens x tokens) matrix for the backward
+    pass."""
+
+    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, None]:  # (B, tokens, width)
+        states = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = states.permute(2, 0, 3, 1, 4)
+        context = F.scaled_dot_product_attention(query, key, value)  # (B, heads, tokens, head width)
+        return self.projection(context.transpose(1, 2).flatten(2)), None
+
+
+class TextAttention(BlipTextSelfAttention):
+    """The text tower's attention, to itself or to the picture, by the same kernel."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (B, tokens, width)
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,  # (B, picture tokens, picture width)
+        **_,
+    ) -> tuple[Tensor, None]:
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            states.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            for states in (self.query(hidden_states), self.key(source), self.value(source))
+        )
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        return context.transpose(1, 2).flatten(2), None
+
+
+class ImageReward(nn.Module):
+    """Human-preference score of a picture for a prompt; differentiable in the picture.
+
+    `head_widths` are the output widths of the head's linear layers, the last one 1.
+    """
+
+    def __init__(
+        self,
+        vision_config: BlipVisionConfig,
+        text_config: BlipTextConfig,
+        tokenizer: BertTokenizer,
+        head_widths: tuple[int, ...] = (1024, 128, 64, 16, 1),
+        score_mean: float = SCORE_MEAN,
+        score_std: float = SCORE_STD,
+    ):
+        super().__init__()
+        self.vision = BlipVisionModel(vision_config)
+        for layer in self.vision.encoder.layers:
+            layer.self_attn = VisionAttention(vision_config)
+        self.text = BlipTextModel(text_config, add_pooling_layer=False)
+        for layer in self.text.encoder.layer:
+            layer.attention.self = TextAttention(text_config, is_cross_attention=False)
+            layer.crossattention.self = TextAttention(text_config, is_cross_attention=True)
+        self.head = nn.Sequential(*(nn.Identity() for _ in range(HEAD_LAYERS[-1] + 1)))
+        width = text_config.hidden_size
+        for layer, head_width in zip(HEAD_LAYERS, head_widths, strict=True):
+            self.head[layer] = nn.Linear(width, head_width)
+            width = head_width
+        self.tokenizer = tokenizer
+        self.score_mean, self.score_std = score_mean, score_std
+        self.image_size = vision_config.image_size
+        self.has_said_cut = False
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores, (B,) float32, of images (B, 3, H, W) in [0, 1], any size, each for its own prompt."""
+        return self.score_pixels(preprocess(images, self.image_size), prompts)
+
+    def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores, (B,) float32, of preprocessed pictures (B, 3, image_size, image_size)."""
+        tokens = self.tokenize(prompts).to(pixels.device)
+        hidden = self.text(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=self.vision(pixels.to(self.vision.dtype)).last_hidden_state,
+        ).last_hidden_state  # (B, tokens, width)
+        with torch.autocast(pixels.device.type, enabled=False):
+            score = self.head(hidden[:, 0].to(self.head[0].weight.dtype)).squeeze(-1)
+        return (score - self.score_mean) / self.score_std
+
+    def tokenize(self, prompts: Sequence[str]):
+        """Ids and mask, (B, 35); the first prompt that has to be cut is said."""
+        prompts = list(prompts)
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        )
+        if not self.has_said_cut:
+            for prompt, is_full in zip(prompts, tokens.attention_mask.all(dim=1).tolist(), strict=True):
+                if is_full and (length := len(self.tokenizer(prompt).input_ids)) > MAX_TOKENS:
+                    logging.getLogger(__name__).warning(
+                        f"ImageReward reads {MAX_TOKENS} tokens of a prompt, as published. "
+                        f"This one of {length} is cut, others will be without a word: {shorten(prompt, 80)}"
+                    )
+                    self.has_said_cut = True
+                    break
+        return tokens
+
+    @torch.no_grad()
+    def score(
+        self, prompt: str, images: Picture | Iterable[Picture], batch_size: int = 8
+    ) -> float | list[float]:
+        """The score of one picture, or those of several: PIL pictures, paths, tensors in [0, 1].
+
+        Pictures and paths are resized in 8 bits, as published; tensors as in training. Raises `UserError` for
+        what is no picture.
+        """
+        if isinstance(images, Image.Image | str | PathLike) or (torch.is_tensor(images) and images.ndim == 3):
+            return self.score(prompt, [images])[0]
+        images, scores = list(images), []
+        for start in range(0, len(images), batch_size):
+            pixels = torch.cat([self._pixels(image) for image in images[start : start + batch_size]])
+            scores += self.score_pixels(pixels, [prompt] * len(pixels)).tolist()
+        return scores
+
+    def rank(self, prompt: str, images: Iterable[Picture]) -> tuple[list[int], list[float]]:
+        """Each picture's place, 1 being the best and the first of equals before the next, and each one's
+        score."""
+        scores = self.score(prompt, images)
+        scores = scores if isinstance(scores, list) else [scores]
+        ranks = [0] * len(scores)
+        for place, index in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1):
+            ranks[index] = place
+        return ranks, scores
+
+    def _pixels(self, image: Picture) -> Tensor:  # (1, 3, image_size, image_size)
+        device = self.head[0].weight.device
+        if not torch.is_tensor(image):
+            return preprocess_pil(image, self.image_size).to(device)
+        if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
+            raise UserError(
+                "a picture as a tensor is (3, H, W), floating, in [0, 1]; this one is "
+                f"{tuple(image.shape)}, {image.dtype}."
+            )
+        if not (image.min() >= 0 and image.max() <= 1):
+            raise UserError(
+                "a picture as a tensor is in [0, 1]; this one goes from "
+                f"{image.min():.3g} to {image.max():.3g}."
+            )
+        return preprocess(image[None].to(device), self.image_size)
+
+
+# ---------------------------------------------------------------------------------------------- preprocessing
+
+
+def preprocess(images: Tensor, size: int) -> Tensor:
+    """Short side to `size`, centre crop, CLIP normalisation: (B, 3, H, W) in [0, 1] -> (B, 3, size, size),
+    float32 at least.
+
+    The resize is antialiased, as Pillow's is: without it most of the gradient's energy lies above what `size`
+    pixels can carry. It differs from `preprocess_pil` only by not rounding to 8 bits.
+    """
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    resized = _resized(*images.shape[-2:], size)
+    if resized != images.shape[-2:]:
+        images = F.interpolate(images, size=resized, mode="bicubic", antialias=True, align_corners=False)
+    top, left = (round((side - size) / 2) for side in resized)
+    return _normalise(images[..., top : top + size, left : left + size])
+
+
+def preprocess_pil(image: Image.Image | str | PathLike, size: int) -> Tensor:
+    """A picture or its file as (1, 3, size, size), bit for bit as published: resize and crop in the picture's
+    own mode, then RGB. Raises `UserError` for a file that is no picture."""
+    if not isinstance(image, Image.Image):
+        try:
+            with Image.open(image) as file:
+                return preprocess_pil(file, size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = getattr(error, "strerror", None) or "not a picture that can be read"
+            raise UserError(f"{image}: {reason}.") from error
+    height, width = _resized(image.height, image.width, size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    rgb = np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB"), dtype=np.float32)
+    return _normalise(torch.from_numpy(rgb / np.float32(255)).permute(2, 0, 1)[None])
+
+
+def _resized(height: int, width: int, size: int) -> tuple[int, int]:
+    short = min(height, width)
+    return size * height // short, size * width // short
+
+
+def _normalise(images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(stat, device=images.device).view(3, 1, 1) for stat in (PIXEL_MEAN, PIXEL_STD))
+    return (images - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def load(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ImageReward:
+    """ImageReward from a folder with ImageReward.pt (or .safetensors), med_config.json and
+    bert-base-uncased/, or from such a file with the other two beside it; frozen.
+
+    The towers are in `dtype`, the head and the score always in float32. Raises `UserError` for files that are
+    damaged or are something else.
+    """
+    path = Path(path)
+    file = path if path.is_file() else path / "ImageReward.pt"
+    if not file.exists() and (path / "ImageReward.safetensors").exists():
+        file = path / "ImageReward.safetensors"
+    weights = _rename(read_weights(file), KEYS)
+    med_config_file, tokenizer_folder = file.with_name("med_config.json"), file.with_name("bert-base-uncased")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    try:
+        med_config = json.loads(med_config_file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{med_config_file} cannot be read ({error}).") from error
+    if missing := [key for key in SIZING_KEYS if key not in weights]:
+        unexpected = [key for key in weights if not re.match(r"(vision|text|head)\.", key)]
+        raise _not_imagereward(file, missing, unexpected)
+    try:
+        vision_config, text_config = _configs(weights, med_config)
+        head_widths = tuple(weights[f"head.{layer}.weight"].shape[0] for layer in HEAD_LAYERS)
+        normalisation = med_config.get("score_mean", SCORE_MEAN), med_config.get("score_std", SCORE_STD)
+        with torch.device("meta"):  # no random initialisation of weights that are about to be replaced
+            model = ImageReward(vision_config, text_config, tokenizer, head_widths, *normalisation)
+    except Exception as error:  # whatever files of another model make of it: keys, types, impossible sizes
+        raise UserError(
+            f"{file} and {med_config_file.name} are not those of an ImageReward model "
+            f"({type(error).__name__}: {error}). Get both from THUDM/ImageReward on the Hugging Face Hub."
+        ) from error
+    expected = model.state_dict()
+    shapes = {
+        key: f"{tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in weights and weights[key].shape != expected[key].shape
+    }
+    if expected.keys() != weights.keys() or shapes:
+        missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+        raise _not_imagereward(file, missing, unexpected, shapes)
+    if len(tokenizer) != text_config.vocab_size:  # transformers makes an empty one of an empty folder
+        raise UserError(
+            f"{tokenizer_folder} does not fit {file.name}: {len(tokenizer)} tokens instead of "
+            f"{text_config.vocab_size}. vocab.txt, tokenizer.json and tokenizer_config.json of "
+            "google-bert/bert-base-uncased belong there."
+        )
+    model.load_state_dict(weights, assign=True)
+    positions = torch.arange(text_config.max_position_embeddings).expand((1, -1))
+    # Not in the file, so still on meta.
+    model.text.embeddings.position_ids = nn.Buffer(positions, persistent=False)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    model.requires_grad_(False).eval()
+    model.vision.to(dtype)
+    model.text.to(dtype)
+    model.head.float()
+    return model.to(device)
+
+
+def load_tokenizer(folder: str | Path) -> BertTokenizer:
+    """BERT's tokenizer with the two tokens that BLIP adds; `[CLS]` stays first, as in the published
+    scorer."""
+    try:
+        tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception for files it cannot parse
+        raise UserError(f"{folder} holds no tokenizer of BERT that can be read ({error}).") from error
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_tokens(["[ENC]"], special_tokens=True)
+    return tokenizer
+
+
+def published_state_dict(model: ImageReward) -> dict[str, Tensor]:
+    """The model's weights under the keys of the published `ImageReward.pt`."""
+    return _rename(model.state_dict(), PUBLISHED)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A file of tensors and nothing else, memory-mapped where its format allows; raises `UserError`."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # the unpickler, the zip reader and safetensors raise many kinds
+        raise UserError(
+            f"{path} is damaged or is not a file of weights ({type(error).__name__}). "
+            "Copy it again from its source."
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} holds something other than a table of weights.")
+    return weights
+
+
+def _not_imagereward(
+    file: Path, missing: Iterable[str], unexpected: Iterable[str], shapes: dict[str, str] | None = None
+) -> UserError:
+    """What does not fit, by the names in the file."""
+    found = []
+    for title, keys in (
+        ("missing", dict.fromkeys(missing, "")),
+        ("unexpected", dict.fromkeys(unexpected, "")),
+        ("of another size", shapes or {}),
+    ):
+        names = [f"{key} {note}".strip() for key, note in sorted(_rename(keys, PUBLISHED).items())]
+        if names:
+            found.append(f"{len(names)} {title}: " + ", ".join(names[:3]) + ", ..." * (len(names) > 3))
+    return UserError(
+        f"{file} is not an ImageReward model that fits med_config.json: {'; '.join(found)}. "
+        "Get both from THUDM/ImageReward on the Hugging Face Hub."
+    )
+
+
+def _rename(weights: dict[str, Tensor], keys: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """`weights` under the target of the first source in `keys` that a key matches, unused ones left out."""
+    rules = []
+    for source, target in keys:
+        pattern = re.escape(source).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)")
+        rules.append((re.compile(pattern), re.sub(r"[#*]", "{}", target)))
+    renamed = {}
+    for key, value in weights.items():
+        if not UNUSED_KEYS.match(key):
+            matches = ((pattern.fullmatch(key), target) for pattern, target in rules)
+            renamed[next((target.format(*match.groups()) for match, target in matches if match), key)] = value
+    return renamed
+
+
+def _configs(weights: dict[str, Tensor], med_config: dict) -> tuple[BlipVisionConfig, BlipTextConfig]:
+    """Sizes from the weights' shapes; what shapes do not tell from `med_config`, or as published."""
+    _, num_positions, vision_width = weights["vision.embeddings.position_embedding"].shape
+    patch_size = weights["vision.embeddings.patch_embedding.weight"].shape[-1]
+    vision_config = BlipVisionConfig(
+        hidden_size=vision_width,
+        intermediate_size=weights["vision.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=_num_layers(weights, r"vision\.encoder\.layers\.(\d+)\."),
+        num_attention_heads=med_config.get("vision_num_attention_heads", 16),
+        image_size=med_config.get("vision_image_size", math.isqrt(num_positions - 1) * patch_size),
+        patch_size=med_config.get("vision_patch_size", patch_size),
+        hidden_act=med_config.get("vision_hidden_act", "gelu"),
+        layer_norm_eps=med_config.get("vision_layer_norm_eps", 1e-6),
+    )
+    vocab_size, text_width = weights["text.embeddings.word_embeddings.weight"].shape
+    text_config = BlipTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=text_width,
+        encoder_hidden_size=vision_width,  # the published `encoder_width` is another model's
+        intermediate_size=weights["text.encoder.layer.0.intermediate.dense.weight"].shape[0],
+        num_hidden_layers=_num_layers(weights, r"text\.encoder\.layer\.(\d+)\."),
+        num_attention_heads=med_config["num_attention_heads"],
+        max_position_embeddings=weights["text.embeddings.position_embeddings.weight"].shape[0],
+        hidden_act=med_config["hidden_act"],
+        layer_norm_eps=med_config["layer_norm_eps"],
+        bos_token_id=None,  # not used here; the default does not exist in a small vocabulary
+        sep_token_id=None,
+        is_decoder=True,  # creates the cross-attention layers; the forward pass is bidirectional all the same
+    )
+    return vision_config, text_config
+
+
+def _num_layers(weights: dict[str, Tensor], pattern: str) -> int:
+    return 1 + max(int(match[1]) for key in weights if (match := re.match(pattern, key)))

@@ -1,0 +1,52 @@
+"""Scores of picture files from the shell: python -m refl.imagereward "a red fox" *.png"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from refl import devices, doctor, imagereward
+from refl.errors import UserError, run_as_command
+
+import tyro
+from tqdm import tqdm
+
+
+@dataclass
+class Options:
+    """Score pictures for a prompt, best first."""
+
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+    """What the pictures should show."""
+    pictures: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE ...", help_behavior_hint="")
+    ]
+    """Picture files."""
+    reward_path: str = "checkpoint"
+    """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
+    device: str | None = None
+    """"cuda", "cuda:1", "cpu", ...; None: a GPU if there is one."""
+    batch_size: int = 8
+    """Pictures scored at once."""
+
+
+def main() -> None:
+    """A table of the pictures named on the command line."""
+    options = tyro.cli(Options, prog="python -m refl.imagereward", use_underscores=True)
+    if not options.pictures:
+        raise UserError("name one picture or more, after the prompt.")
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size {options.batch_size}: must be 1 or more.")
+    doctor.check_reward(options.reward_path)
+    scorer = imagereward.load(options.reward_path, devices.find(options.device))
+    scores = []
+    with tqdm(total=len(options.pictures), desc="scoring", unit="picture", leave=False, delay=2) as bar:
+        for start in range(0, len(options.pictures), options.batch_size):
+            chunk = options.pictures[start : start + options.batch_size]
+            scores += scorer.score(options.prompt, chunk, options.batch_size)
+            bar.update(len(chunk))
+    print("rank   score  picture")
+    for place, index in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1):
+        print(f"{place:4}  {scores[index]:+.3f}  {options.pictures[index]}")
+
+
+if __name__ == "__main__":
+    run_as_command(main, "Try a lower --batch_size, another GPU, or --device cpu.")

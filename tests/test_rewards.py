@@ -1,0 +1,195 @@
+"""Rewards of one's own, and sums: named, proved at the first step, logged each by itself."""
+
+import json
+import re
+import sys
+
+import inference_lora
+import refl_lora
+from refl import rewards
+from refl.errors import UserError
+
+import pytest
+import torch
+from conftest import ROOT, weight_options
+from test_scripts import events, run_in_process
+
+CPU = torch.device("cpu")
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+OWN = """
+import torch
+
+def red(images, prompts): return images[:, 0].mean((1, 2))
+def column(images, prompts): return red(images, prompts)[:, None]
+def mean(images, prompts): return red(images, prompts).mean()
+def number(images, prompts): return 0.5
+def nan(images, prompts): return red(images, prompts) * float("nan")
+def detached(images, prompts): return red(images.detach(), prompts)
+def blind(images, prompts): return torch.ones(len(prompts), requires_grad=True) * 2
+def steep(images, prompts): return (images - images).sum((1, 2, 3)).sqrt()
+def flat(images, prompts): return images.round().mean((1, 2, 3))
+def words(images, prompts): return red(images, prompts) * torch.tensor([float(len(p)) for p in prompts])
+value = 3
+
+class Bright:
+    def __call__(self, images, prompts): return images.mean((1, 2, 3))
+
+class Scorer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 1, 1)
+        self.dropout = torch.nn.Dropout(0.5)
+    def forward(self, images, prompts): return self.dropout(self.layer(images)).mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module `own_rewards` in the current folder."""
+    (tmp_path / "own_rewards.py").write_text(OWN)
+    (tmp_path / "needs_more.py").write_text("import no_such_library\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    for module in ("own_rewards", "needs_more"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    yield tmp_path
+    sys.modules.pop("own_rewards", None)
+
+
+def load(specification, folder="nowhere"):
+    return rewards.load(specification, folder, CPU, torch.float32)
+
+
+def test_weighted_sums(own, reward, tiny):
+    both = load("imagereward:0.5, own_rewards:red:-2e0", tiny)
+    assert both.weights == {"imagereward": 0.5, "own_rewards.red": -2.0}
+    prompts = ["a red cat", "a blue dog"]
+    scores = both(IMAGES, prompts)
+    assert scores.shape == (2, 2) and scores.dtype == torch.float32
+    assert torch.equal(scores[0], reward(IMAGES, prompts)) and torch.equal(
+        scores[1], IMAGES[:, 0].mean((1, 2))
+    )
+    torch.testing.assert_close(both.total(scores), 0.5 * scores[0] - 2 * scores[1])
+    assert both.means(scores) == {
+        name: pytest.approx(own.mean().item()) for name, own in zip(both.rewards, scores, strict=True)
+    }
+    assert load("own_rewards:red").weights == {"own_rewards.red": 1.0}
+
+
+def test_classes_and_modules(own):
+    assert torch.equal(load("own_rewards:Bright")(IMAGES, ["a", "b"])[0], IMAGES.mean((1, 2, 3)))
+    scorer = load("own_rewards:Scorer")
+    module = scorer.rewards["own_rewards.Scorer"]
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+    assert torch.equal(scorer(IMAGES, ["a", "b"]), scorer(IMAGES, ["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    "specification, message",
+    [
+        ("", "nothing is not a reward; name imagereward or a function, as module:function"),
+        ("imagereward,", "nothing is not a reward"),
+        ("pickscore", "pickscore is not a reward"),
+        ("pickscore:0.5", "there is no module pickscore"),
+        ("imagereward:much", "the weight of imagereward is 'much'"),
+        ("own_rewards:red:blue", "the weight of own_rewards:red is 'blue'"),
+        (":red", ":red is not a reward"),
+        ("own_rewards:", "own_rewards: is not a reward"),
+        ("imagereward:0", "the weight of imagereward must be a number other than 0"),
+        ("imagereward:nan", "the weight of imagereward must be"),
+        ("own_rewards:red:inf", "the weight of own_rewards:red must be"),
+        ("imagereward,imagereward:2", "imagereward is named twice"),
+        (
+            "nowhere_to_be_found:red",
+            "there is no module nowhere_to_be_found .looked for in .* and among what",
+        ),
+        ("needs_more:red", "there is no module no_such_library .needs_more imports it"),
+        ("own_rewards:green", "module 'own_rewards' has no attribute 'green'"),
+        ("own_rewards:value", "a int is not a function of"),
+    ],
+)
+def test_names_that_are_no_rewards(own, specification, message):
+    with pytest.raises(UserError, match=message):
+        rewards.parse(specification)
+
+
+FAULTS = {
+    "column": r"returned a tensor \(2, 1\) for 2 pictures; it must return a tensor \(2,\)",
+    "mean": r"returned a tensor \(\) for 2 pictures",
+    "number": "returned a float for 2 pictures",
+    "nan": r"returned \[nan, nan\]; scores must be finite",
+    "detached": r"gives no gradient: .* without detach\(\)",
+    "blind": "gives no gradient",
+    "steep": "has a gradient that is not finite",
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_a_reward_are_named(own, name):
+    with pytest.raises(UserError, match=f"the reward own_rewards.{name} {FAULTS[name]}"):
+        load(f"own_rewards:{name}")(IMAGES.clone().requires_grad_(), ["a", "b"])
+
+
+def test_a_gradient_of_zero_is_said_and_allowed(own, caplog):
+    load("own_rewards:flat")(IMAGES.clone().requires_grad_(), ["a", "b"])
+    assert "own_rewards.flat has a gradient of zero" in caplog.text
+
+
+def test_proofs_change_nothing(own):
+    reward = load("own_rewards:words")
+    gradients = []
+    for _ in range(2):  # proved in the first call, not looked at in the second
+        images = IMAGES.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(reward(images, ["a", "four"]).sum(), images)[0])
+    assert reward.proven == {"own_rewards.words"} and torch.equal(*gradients)
+    assert gradients[0][1, 0, 0, 0] == pytest.approx(4 / 256)
+
+
+def test_faults_end_training_at_the_first_step(own, training_options, monkeypatch):
+    # With validation the scores are seen before the first step, the gradient in it.
+    for name, steps in (("column", 1), ("nan", 1), ("detached", 1), ("detached", 0)):
+        with pytest.raises(UserError, match=f"the reward own_rewards.{name}"):
+            run_in_process(
+                refl_lora,
+                monkeypatch,
+                *training_options,
+                f"--reward=own_rewards:{name}",
+                f"--validation_steps={steps}",
+            )
+        assert not (own / "out" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_the_reward_in_the_readme_works(tiny, training_options, tmp_path, monkeypatch, capsys):
+    """As README says: written into a file, named in --reward, alone and in a sum; training raises it."""
+    code = re.search(r"```python\n(# my_rewards\.py\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert len(code.splitlines()) <= 11
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    alone = [*"--max_train_steps 6 --learning_rate 1e-2 --reward_target None --reward_path nowhere".split()]
+    run_in_process(refl_lora, monkeypatch, *training_options, *alone, "--reward=my_rewards:colourful")
+    before, after = re.search(r"validation reward (\S+) -> (\S+)", capsys.readouterr().out).groups()
+    assert float(after) > float(before)
+
+    both = "imagereward:0.5,my_rewards:colourful:2"
+    run_in_process(
+        refl_lora, monkeypatch, *training_options, f"--reward={both}", f"--output_dir={tmp_path / 'sum'}"
+    )
+    board = events(tmp_path / "sum" / "logs")
+    for prefix, total in (("reward", "reward/mean"), ("validation", "validation/reward")):
+        own, red, sum_ = (
+            [point.value for point in board.Scalars(tag)]
+            for tag in (f"{prefix}/imagereward", f"{prefix}/my_rewards.colourful", total)
+        )
+        assert sum_ == pytest.approx([0.5 * a + 2 * b for a, b in zip(own, red, strict=True)], rel=1e-5)
+
+    run_in_process(
+        inference_lora, monkeypatch, *weight_options(tiny), f"--reward={both}",
+        f"--lora_path={tmp_path / 'sum'}", f"--output_dir={tmp_path / 'drawn'}",
+        *"--num_images_per_prompt 2 --num_inference_steps 2".split(),
+    )  # fmt: skip
+    report = json.loads((tmp_path / "drawn" / "rewards.json").read_text())
+    for side, mean in report["mean"].items():
+        own, red = (report["mean_of_each"][side][name] for name in ("imagereward", "my_rewards.colourful"))
+        assert mean == pytest.approx(0.5 * own + 2 * red, rel=1e-5)
