@@ -36,7 +36,7 @@ class Options(drawing.DrawingOptions):
     reward: str = "imagereward"
     """The reward shown with the pictures, if its weights are there: as in training, one or a weighted sum."""
     reward_path: str = "checkpoint"
-    """Folder of ImageReward.pt, med_config.json and bert-base-uncased/."""
+    """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
     output_dir: str = "result/refl_lora"
     """Where the pictures go: 0.png, 1.png, ..., grid.png, rewards.json."""
 
@@ -59,6 +59,10 @@ def main() -> None:
         ]
         if others:
             print(f"note: this LoRA was trained with {' '.join(others)}; --as_trained draws so")
+    if (
+        metadata.get("reward", options.reward) != options.reward
+    ):  # shown only: a file must not name code to run
+        print(f"note: this LoRA was trained for --reward {metadata['reward']}")
     prompts = drawing.check(options)
 
     # ---- models
@@ -85,13 +89,17 @@ def main() -> None:
             if side == "after":
                 board.save_picture(picture, output / f"{index}.png")
             if scorers:
-                scores[side].append(score(scorers, picture, prompt, pipeline.device))
+                try:
+                    scores[side].append(score(scorers, picture, prompt, pipeline.device))
+                except UserError as error:
+                    print(f"no rewards shown: {error}")
+                    scorers = None
             if index < MAX_PAIRS:
                 kept[side].append(picture)
     print(f"{len(wanted)} pictures in {output}")
 
     # ---- rewards
-    scores = {side: torch.stack(found, dim=1) for side, found in scores.items() if found}  # (K, pictures)
+    scores = {side: torch.stack(found, dim=1) for side, found in scores.items() if found and scorers}
     totals = {side: scorers.total(found).tolist() for side, found in scores.items()}
     if scores:
         means = {side: sum(total) / len(wanted) for side, total in totals.items()}

@@ -72,7 +72,7 @@ class Options:
     """What to maximise: imagereward; a function of your own as module:function; or a weighted sum, such as
     imagereward:1.0,my_rewards:redness:0.5."""
     reward_path: str = "checkpoint"
-    """Folder of ImageReward.pt, med_config.json and bert-base-uncased/."""
+    """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
     prompts: str = "data/train_prompts.txt"
     """Training prompts: .txt, .json, .jsonl or .csv."""
     validation_prompts: str = "data/held_out_prompts.txt"
@@ -356,7 +356,8 @@ def validate(
             scores.append(models.rewards(picture, [prompt]))  # (K, 1)
             pictures.append((picture * 255).round().byte())
     order = torch.arange(len(own) * world).view(world, len(own)).T.flatten()[: len(prompts)]
-    pictures, scores = (accelerator.gather(torch.cat(own)) for own in (pictures, [own.T for own in scores]))
+    pictures = accelerator.gather(torch.cat(pictures))
+    scores = accelerator.gather(torch.cat(scores, dim=1).T.contiguous())
     return pictures[order.to(pictures.device)], scores[order.to(scores.device)].T
 
 
@@ -587,7 +588,12 @@ def main() -> None:
         }
         values |= {f"reward/{name}": mean for name, mean in means.items()}
         if options.reward_target is not None:
-            values["reward/above_target"] = (total > options.reward_target).float().mean().item()
+            above = values["reward/above_target"] = (total > options.reward_target).float().mean().item()
+            if step == 0 and above == 1:
+                accelerator.print(
+                    f"note: every picture is above --reward_target {options.reward_target} (mean "
+                    f"{total.mean():.2f}) and gets no gradient; raise it, or take None."
+                )
         values |= {f"pictures_per_second/{name}": len(total) / values[f"seconds/{name}"] for name in seconds}
         if writer:
             board.write_scalars(

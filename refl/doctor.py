@@ -31,9 +31,12 @@ def check_reward(folder: str | Path) -> None:
 
 
 def _reward_files(folder: Path) -> dict[Path, str]:
-    weights, tokenizer = folder / "ImageReward.pt", folder / "bert-base-uncased"
-    if not weights.exists() and weights.with_suffix(".safetensors").exists():
+    weights = folder / "ImageReward.pt"
+    if folder.suffix in (".pt", ".safetensors"):
+        weights, folder = folder, folder.parent
+    elif not weights.exists() and weights.with_suffix(".safetensors").exists():
         weights = weights.with_suffix(".safetensors")
+    tokenizer = folder / "bert-base-uncased"
     return {
         weights: "THUDM/ImageReward",
         folder / "med_config.json": "THUDM/ImageReward",

@@ -7,11 +7,13 @@ prompts, scores (B,), higher is better, differentiable in the images. `--reward`
     my_rewards:redness                            the function `redness` of the module `my_rewards`
     imagereward:1.0,my_rewards:redness:0.5        1.0 x the first + 0.5 x the second
 
-A class in place of a function is made once, without arguments, and its instance called; an nn.Module is
-frozen and moved to the device.
+A class in place of a function is made once, without arguments, on every process, and its instance called; an
+nn.Module is frozen and moved to the device. Weights belong there: what a module makes when it is imported is
+made before each process knows its GPU.
 """
 
 import importlib
+import inspect
 import logging
 import math
 import os
@@ -56,7 +58,13 @@ class WeightedRewards:
         return dict(zip(self.rewards, scores.mean(dim=1).tolist(), strict=True))
 
     def _scores(self, name: str, images: Tensor, prompts: list[str]) -> Tensor:  # (B,)
+        version = images._version
         scores = self.rewards[name](images, prompts)
+        if images._version != version:
+            raise UserError(
+                f"the reward {name} changes the pictures in place, and others are to see them too; let it "
+                "work on a copy (x = x - mean instead of x -= mean)."
+            )
         if not torch.is_tensor(scores) or scores.shape != (len(prompts),):
             got = (
                 f"a tensor {tuple(scores.shape)}" if torch.is_tensor(scores) else f"a {type(scores).__name__}"
@@ -87,7 +95,7 @@ class WeightedRewards:
             raise UserError(
                 f"the reward {name} has a gradient that is not finite, for scores {scores.tolist()}."
             )
-        if not gradient.any():
+        if not gradient.any() and os.environ.get("LOCAL_RANK", "0") == "0":
             logging.getLogger(__name__).warning(
                 f"the reward {name} has a gradient of zero for the first pictures; if that goes on, it "
                 "teaches nothing (round() and argmax() have no gradient)"
@@ -113,10 +121,14 @@ def parse(specification: str) -> dict[str, tuple[float, RewardLoader]]:
             raise UserError(
                 f"--reward {specification}: the weight of {source} must be a number other than 0."
             )
-        if source not in REWARDS and not all(source.partition(":")):
+        is_function = ":" in source and all(
+            part.isidentifier() for part in source.replace(":", ".").split(".")
+        )
+        if source not in REWARDS and not is_function:
             raise UserError(
                 f"--reward {specification}: {source or 'nothing'} is not a reward; name {', '.join(REWARDS)} "
-                "or a function, as module:function, with a weight after it if you like, module:function:0.5."
+                "or a function, as module:function (my_rewards:redness), with a weight after it if you like "
+                "(my_rewards:redness:0.5)."
             )
         name = source.replace(":", ".")
         if name in parsed:
@@ -141,18 +153,27 @@ def _loader(source: str) -> RewardLoader:
         sys.path.append(os.getcwd())
     try:
         found: Any = importlib.import_module(module)
-        for part in function.split("."):
-            found = getattr(found, part)
     except ModuleNotFoundError as error:
         where = f"looked for in {os.getcwd()} and among what is installed"
         reason = where if f"{module}.".startswith(f"{error.name}.") else f"{module} imports it"
         raise UserError(f"--reward {source}: there is no module {error.name} ({reason}).") from error
+    file = getattr(found, "__file__", None) or module
+    try:
+        for part in function.split("."):
+            found = getattr(found, part)
     except AttributeError as error:
-        raise UserError(f"--reward {source}: {error}.") from error
+        raise UserError(f"--reward {source}: there is no {function} in {file}.") from error
     if not callable(found):
         raise UserError(
             f"--reward {source}: a {type(found).__name__} is not a function of (images, prompts)."
         )
+    if isinstance(found, type):
+        try:
+            inspect.signature(found).bind()
+        except TypeError as error:
+            raise UserError(f"--reward {source}: the class is made without arguments ({error}).") from error
+        if not any("__call__" in vars(base) for base in found.__mro__):
+            raise UserError(f"--reward {source}: the class has no __call__(images, prompts).")
 
     def load_own(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Reward:
         reward = found() if isinstance(found, type) else found

@@ -198,18 +198,20 @@ def test_pictures_and_tensors_are_prepared_alike(kind):
 
 
 def test_without_antialiasing_it_would_show():
-    picture = ALL_PICTURES["thin lines"]
-    aliased = torch.nn.functional.interpolate(to_tensor(picture), size=(224, 224), mode="bicubic") * 255
-    difference = (in_levels(imagereward.preprocess_pil(picture, 224)) - aliased).abs()
-    assert difference.mean() > 5
+    picture = to_tensor(ALL_PICTURES["thin lines"])
+    aliased = torch.nn.functional.interpolate(picture, size=(224, 224), mode="bicubic") * 255
+    assert (in_levels(imagereward.preprocess(picture, 224)) - aliased).abs().mean() > 5
 
 
-def test_transparent_and_palette_pictures_are_read_as_published():
-    # In the picture's own mode, then as RGB: what is transparent keeps its colour, a palette is not blended.
-    for kind in ("RGBA", "LA", "P", "1"):
-        assert imagereward.preprocess_pil(ALL_PICTURES[kind], 224).isfinite().all()
-    levels = in_levels(imagereward.preprocess_pil(ALL_PICTURES["1"], 224)).round()
-    assert set(levels.unique().tolist()) == {0, 255}
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "1"])
+def test_pictures_are_resized_in_their_own_mode(kind):
+    # As published: a palette is not blended, colours are weighed by alpha. RGB first gives another picture.
+    picture = ALL_PICTURES[kind]
+    own_mode = picture.resize((224, 224), Image.Resampling.BICUBIC).convert("RGB")
+    rgb_first = picture.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
+    prepared = in_levels(imagereward.preprocess_pil(picture, 224))
+    torch.testing.assert_close(prepared, to_tensor(own_mode) * 255, rtol=0, atol=1e-3)
+    assert (prepared - to_tensor(rgb_first) * 255).abs().max() > 10
 
 
 def test_preprocessing_is_centred_and_normalised():
@@ -278,10 +280,24 @@ def test_what_is_no_picture_is_refused(reward, tmp_path):
         (torch.zeros(3, 8, 8, dtype=torch.uint8), r"\(3, H, W\), floating, in \[0, 1\]; this one is"),
         (torch.full((3, 8, 8), 255.0), "goes from 255 to 255"),
         (torch.full((3, 8, 8), float("nan")), "goes from nan"),
+        (torch.full((3, 8, 8), 1.01), "goes from 1.01 to 1.01"),
         (torch.zeros(1, 8, 8), r"this one is \(1, 8, 8\)"),
+        (torch.zeros(3, 8, 8).numpy(), "a PIL picture, a path or a tensor; this is a ndarray"),
+        ([None], "this is a NoneType"),
+        (None, "this is a NoneType"),
     ):
         with pytest.raises(UserError, match=message):
             reward.score("a red cat", image)
+
+
+def test_pictures_and_prompts_must_pair_up(reward):
+    # A text would be read letter by letter, one prompt be repeated, two become a pair of BERT's.
+    for prompts in ("a red fox", ["one"], ["a", "b", "c"], ["a", None], "ab"):
+        with pytest.raises(UserError, match="2 pictures need as many prompts, in a list; got"):
+            reward(IMAGES, prompts)
+    with pytest.raises(UserError, match="need as many prompts"):
+        reward.score(["a red", "cat dog"], IMAGES)
+    assert torch.equal(reward(IMAGES, tuple(PROMPTS)), reward(IMAGES, PROMPTS))
 
 
 def test_prompts_are_cut_at_35_tokens_and_it_is_said_once(reward, caplog):
@@ -309,10 +325,13 @@ def test_the_command_prints_a_table(reward, tiny, files, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("a.png", "a.png: No such file"),
+        ("a.png b.png", "no such picture: a.png, b.png"),
         ("", "name one picture or more"),
-        ("a.png --reward_path nowhere", "nowhere/ImageReward.pt .*THUDM/ImageReward"),
-        ("a.png --device cuda:9", "--device cuda:9: not a device of this machine"),
+        ("README.md --reward_path nowhere", "nowhere/ImageReward.pt .*THUDM/ImageReward"),
+        ("README.md --reward_path nowhere.pt", "nowhere.pt .*THUDM/ImageReward"),
+        ("README.md --device cuda:9", "--device cuda:9: not a device that can be used on this machine"),
+        ("README.md --device meta", "--device meta: not a device that can be used"),
+        ("README.md", "README.md: not a picture that can be read"),
         ("a.png --batch_size 0", "--batch_size 0: must be 1 or more"),
     ],
 )
@@ -325,7 +344,17 @@ def test_the_command_refuses(tiny, monkeypatch, options, message):
 
 def test_the_command_runs_from_the_shell(tiny):
     run = run_script(sys.executable, "-m", "refl.imagereward", "a red cat", "a.png", "--reward_path", tiny)
-    assert run.returncode == 2 and run.stderr.strip() == "error: a.png: No such file or directory."
+    assert run.returncode == 2 and run.stderr.strip() == "error: no such picture: a.png."
+
+
+def test_the_command_scores_what_it_can_read(tiny, files, monkeypatch, capsys):
+    files[1].write_bytes(files[1].read_bytes()[:5000])
+    monkeypatch.setattr(
+        sys, "argv", ["imagereward", "a cat", *map(str, files), "--reward_path", str(tiny / "ImageReward.pt")]
+    )
+    with pytest.raises(UserError, match="wide.png: not a picture that can be read"):
+        command.main()
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 # ------------------------------------------------------------------------------------------------------ files

@@ -6,7 +6,7 @@ import sys
 
 import inference_lora
 import refl_lora
-from refl import rewards
+from refl import diffusion, rewards
 from refl.errors import UserError
 
 import pytest
@@ -32,8 +32,16 @@ def flat(images, prompts): return images.round().mean((1, 2, 3))
 def words(images, prompts): return red(images, prompts) * torch.tensor([float(len(p)) for p in prompts])
 value = 3
 
+def inplace(images, prompts): return red(images.sub_(0.5), prompts)
+
 class Bright:
     def __call__(self, images, prompts): return images.mean((1, 2, 3))
+
+class NeedsMore(Bright):
+    def __init__(self, size): pass
+
+class NoCall:
+    pass
 
 class Scorer(torch.nn.Module):
     def __init__(self):
@@ -55,6 +63,13 @@ def own(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, module, raising=False)
     yield tmp_path
     sys.modules.pop("own_rewards", None)
+
+
+@pytest.fixture
+def trained_lora(parts, tmp_path):
+    """A LoRA's file."""
+    diffusion.add_lora(parts.unet, 2, 2, 0)
+    return diffusion.save_lora(parts.unet, tmp_path, {"reward": "imagereward"})
 
 
 def load(specification, folder="nowhere"):
@@ -91,7 +106,7 @@ def test_classes_and_modules(own):
         ("", "nothing is not a reward; name imagereward or a function, as module:function"),
         ("imagereward,", "nothing is not a reward"),
         ("pickscore", "pickscore is not a reward"),
-        ("pickscore:0.5", "there is no module pickscore"),
+        ("pickscore:0.5", "pickscore:0.5 is not a reward"),
         ("imagereward:much", "the weight of imagereward is 'much'"),
         ("own_rewards:red:blue", "the weight of own_rewards:red is 'blue'"),
         (":red", ":red is not a reward"),
@@ -105,7 +120,12 @@ def test_classes_and_modules(own):
             "there is no module nowhere_to_be_found .looked for in .* and among what",
         ),
         ("needs_more:red", "there is no module no_such_library .needs_more imports it"),
-        ("own_rewards:green", "module 'own_rewards' has no attribute 'green'"),
+        ("own_rewards:green", r"there is no green in .*own_rewards\.py"),
+        ("own_rewards:NeedsMore", "the class is made without arguments .missing a required argument: 'size'"),
+        ("own_rewards:NoCall", r"the class has no __call__\(images, prompts\)"),
+        ("./own_rewards.py:red", r"\./own_rewards.py:red is not a reward; name"),
+        ("own_rewards.py:red", "there is no module own_rewards.py"),
+        ("..:red", "..:red is not a reward"),
         ("own_rewards:value", "a int is not a function of"),
     ],
 )
@@ -118,6 +138,7 @@ FAULTS = {
     "column": r"returned a tensor \(2, 1\) for 2 pictures; it must return a tensor \(2,\)",
     "mean": r"returned a tensor \(\) for 2 pictures",
     "number": "returned a float for 2 pictures",
+    "inplace": "changes the pictures in place",
     "nan": r"returned \[nan, nan\]; scores must be finite",
     "detached": r"gives no gradient: .* without detach\(\)",
     "blind": "gives no gradient",
@@ -128,7 +149,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_of_a_reward_are_named(own, name):
     with pytest.raises(UserError, match=f"the reward own_rewards.{name} {FAULTS[name]}"):
-        load(f"own_rewards:{name}")(IMAGES.clone().requires_grad_(), ["a", "b"])
+        load(f"own_rewards:{name}")(IMAGES.clone().requires_grad_() * 1, ["a", "b"])
 
 
 def test_a_gradient_of_zero_is_said_and_allowed(own, caplog):
@@ -160,6 +181,26 @@ def test_faults_end_training_at_the_first_step(own, training_options, monkeypatc
         assert not (own / "out" / "pytorch_lora_weights.safetensors").exists()
 
 
+def test_a_target_below_all_rewards_is_said(own, training_options, monkeypatch, capsys):
+    run_in_process(
+        refl_lora, monkeypatch, *training_options, "--reward=own_rewards:red", "--reward_target=-1"
+    )
+    assert "note: every picture is above --reward_target -1.0" in capsys.readouterr().out
+
+
+def test_a_faulty_reward_does_not_stop_drawing(own, tiny, trained_lora, monkeypatch, capsys):
+    drawn = own / "drawn"
+    run_in_process(
+        inference_lora, monkeypatch, *weight_options(tiny), "--reward=own_rewards:nan",
+        f"--lora_path={trained_lora}", f"--output_dir={drawn}",
+        *"--num_images_per_prompt 2 --num_inference_steps 2".split(),
+    )  # fmt: skip
+    assert {path.name for path in drawn.iterdir()} == {"0.png", "1.png", "grid.png"}
+    out = capsys.readouterr().out
+    assert "no rewards shown: the reward own_rewards.nan returned [nan]" in out
+    assert "trained for --reward imagereward" in out
+
+
 def test_the_reward_in_the_readme_works(tiny, training_options, tmp_path, monkeypatch, capsys):
     """As README says: written into a file, named in --reward, alone and in a sum; training raises it."""
     code = re.search(r"```python\n(# my_rewards\.py\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
@@ -184,6 +225,7 @@ def test_the_reward_in_the_readme_works(tiny, training_options, tmp_path, monkey
         )
         assert sum_ == pytest.approx([0.5 * a + 2 * b for a, b in zip(own, red, strict=True)], rel=1e-5)
 
+    capsys.readouterr()
     run_in_process(
         inference_lora, monkeypatch, *weight_options(tiny), f"--reward={both}",
         f"--lora_path={tmp_path / 'sum'}", f"--output_dir={tmp_path / 'drawn'}",

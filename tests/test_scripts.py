@@ -43,9 +43,11 @@ def trained(tiny, tmp_path_factory):
     (folder / "prompts.json").write_text(
         json.dumps([{"text": f"a thing, number {index}"} for index in range(7)])
     )
+    (folder / "own_rewards.py").write_text("def red(images, prompts): return images[:, 0].mean((1, 2))\n")
     common = [
         *weight_options(tiny),
         f"--prompts={folder / 'prompts.json'}",
+        "--reward=imagereward:0.9,own_rewards:red:0.1",
         *"--num_inference_steps 4 --min_stop 1 --max_stop 3 --max_train_steps 3".split(),
         *"--rank 3 --lora_alpha 6".split(),
         *"--gradient_accumulation_steps 2 --num_validation_images 3 --validation_steps 2".split(),
@@ -54,7 +56,7 @@ def trained(tiny, tmp_path_factory):
     for processes, batch in ((2, 2), (1, 4)):
         run = run_script(
             "bash", "train_refl_lora.sh", *common, "--output_dir", folder / f"world{processes}",
-            "--train_batch_size", str(batch), NUM_PROCESSES=str(processes),
+            "--train_batch_size", str(batch), NUM_PROCESSES=str(processes), PYTHONPATH=str(folder),
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         assert (
@@ -73,8 +75,8 @@ def test_a_run_writes_these_files_and_no_others(trained):
     }
     metadata = diffusion.read_metadata(trained / "world2")
     assert metadata.items() >= {
-        "step": 3, "rank": 3, "lora_alpha": 6.0, "reward": "imagereward", "guidance_scale": 1.0,
-        "sampler": "ddpm", "num_inference_steps": 4, "resolution": 64,
+        "step": 3, "rank": 3, "lora_alpha": 6.0, "reward": "imagereward:0.9,own_rewards:red:0.1",
+        "guidance_scale": 1.0, "sampler": "ddpm", "num_inference_steps": 4, "resolution": 64,
     }.items()  # fmt: skip
     assert metadata["base_model"].endswith("stable-diffusion-v1-4")
 
@@ -91,6 +93,9 @@ def test_the_number_of_processes_does_not_matter(trained):
         "loss",
         "gradient_norm",
         "validation/reward",
+        "validation/own_rewards.red",
+        "reward/imagereward",
+        "reward/own_rewards.red",
         "pictures/saturated",
     ):
         values = [[point.value for point in board.Scalars(tag)] for board in (two, one)]
@@ -428,7 +433,7 @@ def test_gpus_are_counted_as_cuda_counts_them(training_options, tmp_path):
         ("refl_lora.py", ["--max_stop", "99"], "error: --max_stop 99"),
         ("inference.py", ["--num_images", "1"], "--num_images_per_prompt"),
         ("inference.py", ["--seed", "-1"], "error: --seed -1"),
-        ("inference.py", ["--device", "cuda:99"], "not a device of this machine"),
+        ("inference.py", ["--device", "cuda:99"], "not a device that can be used"),
         ("inference.py", ["--prompts_file", "nowhere.csv"], "nowhere.csv"),
         ("inference_lora.py", ["--lora_path", "nowhere"], "no LoRA at nowhere"),
         ("inference_lora.py", ["--lora_path", "README.md"], "README.md is damaged or is not"),

@@ -17,6 +17,7 @@ from `med_config.json`, where keys that the published file lacks default to the 
 import json
 import logging
 import math
+import os
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -139,12 +140,19 @@ class ImageReward(nn.Module):
         self.image_size = vision_config.image_size
         self.has_said_cut = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head[0].weight.device
+
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores, (B,) float32, of images (B, 3, H, W) in [0, 1], any size, each for its own prompt."""
         return self.score_pixels(preprocess(images, self.image_size), prompts)
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores, (B,) float32, of preprocessed pictures (B, 3, image_size, image_size)."""
+        if isinstance(prompts, str) or [type(prompt) for prompt in prompts] != [str] * len(pixels):
+            raise UserError(f"{len(pixels)} pictures need as many prompts, in a list; got {prompts!r:.80}.")
         tokens = self.tokenize(prompts).to(pixels.device)
         hidden = self.text(
             input_ids=tokens.input_ids,
@@ -161,7 +169,7 @@ class ImageReward(nn.Module):
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
-        if not self.has_said_cut:
+        if not self.has_said_cut and os.environ.get("LOCAL_RANK", "0") == "0":
             for prompt, is_full in zip(prompts, tokens.attention_mask.all(dim=1).tolist(), strict=True):
                 if is_full and (length := len(self.tokenizer(prompt).input_ids)) > MAX_TOKENS:
                     logging.getLogger(__name__).warning(
@@ -181,7 +189,7 @@ class ImageReward(nn.Module):
         Pictures and paths are resized in 8 bits, as published; tensors as in training. Raises `UserError` for
         what is no picture.
         """
-        if isinstance(images, Image.Image | str | PathLike) or (torch.is_tensor(images) and images.ndim == 3):
+        if not isinstance(images, Iterable) or isinstance(images, str) or getattr(images, "ndim", 4) == 3:
             return self.score(prompt, [images])[0]
         images, scores = list(images), []
         for start in range(0, len(images), batch_size):
@@ -200,20 +208,23 @@ class ImageReward(nn.Module):
         return ranks, scores
 
     def _pixels(self, image: Picture) -> Tensor:  # (1, 3, image_size, image_size)
-        device = self.head[0].weight.device
+        if isinstance(image, Image.Image | str | PathLike):
+            return preprocess_pil(image, self.image_size).to(self.device)
         if not torch.is_tensor(image):
-            return preprocess_pil(image, self.image_size).to(device)
+            raise UserError(
+                f"a picture is a PIL picture, a path or a tensor; this is a {type(image).__name__}."
+            )
         if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
             raise UserError(
                 "a picture as a tensor is (3, H, W), floating, in [0, 1]; this one is "
                 f"{tuple(image.shape)}, {image.dtype}."
             )
-        if not (image.min() >= 0 and image.max() <= 1):
+        if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # resizing may overshoot a little
             raise UserError(
                 "a picture as a tensor is in [0, 1]; this one goes from "
-                f"{image.min():.3g} to {image.max():.3g}."
+                f"{image.min():.6g} to {image.max():.6g}."
             )
-        return preprocess(image[None].to(device), self.image_size)
+        return preprocess(image[None].to(self.device), self.image_size)
 
 
 # ---------------------------------------------------------------------------------------------- preprocessing
@@ -275,7 +286,7 @@ def load(
     damaged or are something else.
     """
     path = Path(path)
-    file = path if path.is_file() else path / "ImageReward.pt"
+    file = path if path.suffix in (".pt", ".safetensors") else path / "ImageReward.pt"
     if not file.exists() and (path / "ImageReward.safetensors").exists():
         file = path / "ImageReward.safetensors"
     weights = _rename(read_weights(file), KEYS)

@@ -1,11 +1,13 @@
 """Scores of picture files from the shell: python -m refl.imagereward "a red fox" *.png"""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from refl import devices, doctor, imagereward
 from refl.errors import UserError, run_as_command
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -28,6 +30,7 @@ class Options:
     """Pictures scored at once."""
 
 
+@torch.no_grad()
 def main() -> None:
     """A table of the pictures named on the command line."""
     options = tyro.cli(Options, prog="python -m refl.imagereward", use_underscores=True)
@@ -35,17 +38,32 @@ def main() -> None:
         raise UserError("name one picture or more, after the prompt.")
     if options.batch_size < 1:
         raise UserError(f"--batch_size {options.batch_size}: must be 1 or more.")
+    if missing := [path for path in options.pictures if not Path(path).is_file()]:
+        raise UserError(f"no such picture: {', '.join(missing)}.")
     doctor.check_reward(options.reward_path)
     scorer = imagereward.load(options.reward_path, devices.find(options.device))
-    scores = []
+
+    scored, unreadable = [], []
     with tqdm(total=len(options.pictures), desc="scoring", unit="picture", leave=False, delay=2) as bar:
         for start in range(0, len(options.pictures), options.batch_size):
-            chunk = options.pictures[start : start + options.batch_size]
-            scores += scorer.score(options.prompt, chunk, options.batch_size)
-            bar.update(len(chunk))
+            readable, pixels = [], []
+            for path in options.pictures[start : start + options.batch_size]:
+                try:
+                    pixels.append(imagereward.preprocess_pil(path, scorer.image_size))
+                    readable.append(path)
+                except UserError as error:
+                    unreadable.append(str(error))
+                bar.update()
+            if readable:
+                scores = scorer.score_pixels(
+                    torch.cat(pixels).to(scorer.device), [options.prompt] * len(pixels)
+                )
+                scored += zip(scores.tolist(), readable, strict=True)
     print("rank   score  picture")
-    for place, index in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1):
-        print(f"{place:4}  {scores[index]:+.3f}  {options.pictures[index]}")
+    for place, (score, path) in enumerate(sorted(scored, key=lambda pair: -pair[0]), 1):
+        print(f"{place:4}  {score:+.3f}  {path}")
+    if unreadable:
+        raise UserError(" ".join(unreadable))
 
 
 if __name__ == "__main__":

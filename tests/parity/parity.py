@@ -67,10 +67,10 @@ def more_pictures() -> dict[str, Image.Image]:
     """Further sizes and modes, for preprocessing alone."""
     photo = pictures()["photo-like noise"]
     sizes = ((224, 224), (225, 224), (100, 90), (31, 500), (223, 447), (1000, 37), (513, 511))
-    modes = ("P", "1", "LA", "CMYK", "YCbCr")
-    return {f"{width}x{height}": photo.resize((width, height)) for width, height in sizes} | {
-        mode: photo.convert(mode) for mode in modes
-    }
+    found = {f"{width}x{height}": photo.resize((width, height)) for width, height in sizes}
+    found |= {mode: photo.convert(mode) for mode in ("P", "1", "LA", "CMYK", "YCbCr")}
+    found["LA"].putalpha(pictures()["smooth"].getchannel("R"))
+    return found
 
 
 ALL_PICTURES = pictures() | more_pictures()

@@ -27,13 +27,15 @@ if [[ ! -f $stamp ]]; then
   rm -rf "$original"
   python3 -m venv "$original"
   pip() { "$original/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+  "$original/bin/python" -m pip download --quiet --no-deps --dest "$original" image-reward==1.5 ||
+    skip "the package index cannot be reached (pip's message is above)"
+  pip -r tests/parity/requirements.txt
   # The older setuptools last: openai-clip imports a part of it that newer ones lack, and torch asks for a newer one.
-  { pip -r tests/parity/requirements.txt && pip setuptools==69.5.1 2>/dev/null; } ||
-    skip "the published package cannot be installed here (pip's message is above)"
+  pip setuptools==69.5.1 2>/dev/null
   touch "$stamp"
 fi
 
-work=$(mktemp -d "${TMPDIR:-/tmp}/parity.XXXXXX")
+work=$(mktemp -d "$original/work.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 run() { # run SIDE COMMAND: in that side's environment
