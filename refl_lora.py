@@ -26,6 +26,7 @@ Start it with train_refl_lora.sh. `refl_lora.py --help` explains every option.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import resource
@@ -38,15 +39,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from refl import board, diffusion, doctor, randomness, rewards
+from refl import board, checkpoints, diffusion, doctor, randomness, rewards
 from refl.errors import UserError, run_as_command
 from refl.files import write_whole
 from refl.prompts import prompt_index, read_prompts
 from refl.rewards import WeightedRewards
+from refl.signals import Stopped, StopSignals
 
 import torch
 import tyro
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -144,6 +147,19 @@ class Options:
     seed: int = 0
     """Seed of the LoRA's initial values and of every draw."""
 
+    # Checkpoints
+    checkpointing_steps: int = 10
+    """Optimizer steps between checkpoints in --output_dir; 0: only at the end and when told to stop."""
+    checkpoints_total_limit: int = 3
+    """Checkpoints kept; older ones go once a new one is whole."""
+    resume_from_checkpoint: str = "latest"
+    """"latest": go on from the newest whole checkpoint in --output_dir, if there is one; "none": start anew;
+    or the folder of a checkpoint."""
+    allow_changed_options: bool = False
+    """Go on although options that the result depends on are not those of the checkpoint."""
+    max_nonfinite_steps: int = 10
+    """Steps in a row whose loss or gradient is not finite, and which are skipped, before the run ends."""
+
     # Watching
     validation_steps: int = 20
     """Optimizer steps between validations, which also happen before the first and after the last; 0: none."""
@@ -172,6 +188,24 @@ def _as_argument(name: str, value: str | int | float | bool | None) -> str:
     return f"--{name if value else 'no_' + name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
+# Options that the LoRA does not depend on, or only to rounding.
+HARMLESS = """options_file check output_dir reward_path prompts train_batch_size decode_batch_size
+    gradient_checkpointing checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    allow_changed_options max_nonfinite_steps validation_prompts validation_steps num_validation_images
+    logging_dir report_to""".split()
+
+
+def what_decides(options: Options, accelerator: Accelerator, prompts: list[str]) -> dict:
+    """All that the LoRA depends on, by name: what has to stay when a run is resumed."""
+    decides = {name: value for name, value in dataclasses.asdict(options).items() if name not in HARMLESS}
+    decides["mixed_precision"] = accelerator.mixed_precision
+    decides["train_batch_size x processes"] = options.train_batch_size * accelerator.num_processes
+    decides["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    if options.lr_scheduler.startswith("constant"):  # others look at where the run will end
+        del decides["max_train_steps"]
+    return decides
+
+
 def check_options(options: Options) -> None:
     """Raises `UserError` for whatever can be seen to be wrong without loading weights."""
     o = options
@@ -183,6 +217,8 @@ def check_options(options: Options) -> None:
         ),
         ("num_inference_steps decode_batch_size num_validation_images", lambda v: v >= 1, "be 1 or more"),
         ("lr_warmup_steps min_stop validation_steps seed", lambda v: v >= 0, "be 0 or more"),
+        ("checkpoints_total_limit max_nonfinite_steps", lambda v: v >= 1, "be 1 or more"),
+        ("checkpointing_steps", lambda v: v >= 0, "be 0 or more"),
         ("learning_rate grad_scale guidance_scale adam_epsilon", lambda v: 0 < v < math.inf, "be positive"),
         ("lora_alpha", lambda v: v is None or 0 < v < math.inf, "be positive"),
         ("max_grad_norm", lambda v: v > 0, "be positive; inf does not clip"),
@@ -393,7 +429,6 @@ def step_numbers(
         ).mean()
         for k in sorted(set(stops))
     }
-    numbers["loss"] = torch.stack([result.loss for result in results]).mean()
     numbers["pictures/saturated"] = torch.stack([result.saturated for result in results]).mean()
     numbers |= {f"seconds/{name}": torch.tensor(value) for name, value in seconds.items()}
     numbers["memory/peak_gib"] = torch.tensor(peak_memory(device))
@@ -426,6 +461,17 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, no GPU being visible"
     accelerator.print(f"{world} process{'es' * (world > 1)} on {name}, frozen parts in {weight_dtype}")
+    output = Path(options.output_dir)
+    decides = what_decides(options, accelerator, prompts)
+    found = None
+    if accelerator.is_main_process:  # reads, and tells the others
+        found = checkpoints.resume(
+            output, options.resume_from_checkpoint, decides, options.allow_changed_options
+        )
+    [(progress, checkpoint)] = broadcast_object_list([found])
+    if progress.step >= options.max_train_steps and (output / diffusion.LORA_FILE).exists():
+        accelerator.print(f"finished before: {progress.step} steps; LoRA in {output / diffusion.LORA_FILE}")
+        return
 
     # ---- models
     parts = diffusion.load_stable_diffusion(options.pretrained_model_name_or_path, weight_dtype, device)
@@ -442,13 +488,17 @@ def main() -> None:
         parts.unet.enable_gradient_checkpointing()
         parts.vae.enable_gradient_checkpointing()
     optimizer = make_optimizer(options, models.lora)
-    lr_scheduler = get_scheduler(
+    schedule = get_scheduler(
         options.lr_scheduler,
         optimizer,
         num_warmup_steps=options.lr_warmup_steps,
         num_training_steps=options.max_train_steps,
-    )
+    ).lr_lambdas[0]  # updates made -> factor on the learning rate
     scaler = torch.amp.GradScaler(device.type, enabled=weight_dtype == torch.float16)
+    if checkpoint:
+        diffusion.unpack_lora(parts.unet, checkpoint[diffusion.LORA_FILE])
+        checkpoints.unpack_optimizer(optimizer, checkpoint["optimizer.safetensors"])
+        scaler.load_state_dict(progress.scaler)
 
     # ---- data: which prompt each sample of the run gets is known beforehand, so only those are encoded
     batch, micro_steps = options.train_batch_size, options.gradient_accumulation_steps
@@ -458,9 +508,8 @@ def main() -> None:
         first = (step * micro_steps + micro_step) * batch * world
         return [prompts[prompt_index(options.seed, first + index, len(prompts))] for index in own]
 
-    needed = {
-        p for s in range(options.max_train_steps) for m in range(micro_steps) for p in batch_prompts(s, m)
-    }
+    remaining = range(progress.step, options.max_train_steps)
+    needed = {p for s in remaining for m in range(micro_steps) for p in batch_prompts(s, m)}
     needed = ["", *sorted(needed | set(validation_prompts))]
     encoded = diffusion.encode_prompts(parts, needed)
     bar = tqdm(
@@ -479,7 +528,6 @@ def main() -> None:
     noise_shape = (parts.unet.config.in_channels, side, side)
 
     # ---- output
-    output = Path(options.output_dir)
     saved_options = {
         name: value for name, value in dataclasses.asdict(options).items() if name != "options_file"
     }
@@ -487,10 +535,51 @@ def main() -> None:
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         if options.report_to == "tensorboard":
-            writer = SummaryWriter(output / options.logging_dir, purge_step=0)
-            board.write_options(writer, saved_options)
+            # Points that an earlier process wrote after its last checkpoint are taken back.
+            purge_step = progress.step + 1 if checkpoint else 0
+            writer = SummaryWriter(output / options.logging_dir, purge_step=purge_step)
+            if not checkpoint:
+                board.write_options(writer, saved_options)
 
-    def show_validation(step: int) -> float:
+    def lora_metadata() -> dict:
+        return {
+            "step": progress.step,
+            "rank": options.rank,
+            "lora_alpha": lora_alpha,
+            "base_model": options.pretrained_model_name_or_path,
+            "reward": options.reward,
+            "resolution": resolution,
+            "guidance_scale": options.guidance_scale,
+            "sampler": "ddpm",
+            "num_inference_steps": options.num_inference_steps,
+        }
+
+    def save_checkpoint() -> None:
+        if not accelerator.is_main_process:
+            return
+        if writer:
+            writer.flush()  # its points up to here are then as safe as the checkpoint
+        progress.scaler = scaler.state_dict()
+        files = {
+            diffusion.LORA_FILE: diffusion.pack_lora(parts.unet, lora_metadata()),
+            "optimizer.safetensors": checkpoints.pack_optimizer(optimizer),
+            checkpoints.STATE: checkpoints.pack_state(progress, decides, saved_options),
+        }
+        try:
+            checkpoints.write(output, progress.step, files)
+            checkpoints.prune(output, progress.step, options.checkpoints_total_limit)
+        except OSError as error:
+            tqdm.write(
+                f"WARNING: checkpoint-{progress.step} could not be saved: {error}. Training goes on; earlier "
+                "checkpoints are whole. Make room: the next one will be tried as usual.",
+                file=sys.stderr,
+            )
+
+    def is_validated(step: int) -> bool:
+        every = options.validation_steps
+        return every > 0 and (step % every == 0 or step == options.max_train_steps)
+
+    def show_validation(step: int) -> None:
         pictures, scores = validate(
             models, validation_prompts, embeds, noise_shape, options.seed, batch, accelerator
         )  # fmt: skip
@@ -507,15 +596,12 @@ def main() -> None:
             board.write_picture(writer, "validation/pictures", sheet, step)
             means = {f"validation/{name}": mean for name, mean in models.rewards.means(scores).items()}
             board.write_scalars(writer, {"validation/reward": total.mean().item()} | means, step)
-        return total.mean().item()
+        progress.validated_step, progress.validation = step, total.mean().item()
+        if progress.first_validation is None:
+            progress.first_validation = progress.validation
 
-    # ---- loop
-    first_validation = last_validation = show_validation(0) if options.validation_steps else None
-    phase = board.Phases(device)
-    bar = tqdm(range(options.max_train_steps), "ReFL", unit="step", disable=not accelerator.is_main_process)
-    started = time.perf_counter()
-    for step in bar:
-        step_started = time.perf_counter()
+    def own_gradients(step: int) -> tuple[list[StepResult], list[int], list[Tensor], list[Tensor]]:
+        """This process's micro-steps: what each found, its stop index, its gradient's norm; their sum."""
         results, stops, norms = [], [], []
         gradients = [torch.zeros_like(matrix) for matrix in models.lora]
         for micro_step in range(micro_steps):
@@ -538,97 +624,151 @@ def main() -> None:
             results.append(result)
             stops.append(stop)
             norms.append(torch.nn.utils.get_total_norm(result.gradients))
+        return results, stops, norms, gradients
 
-        # All processes' gradients in one reduction, then the same optimizer step on each.
-        with phase("optimizer"):
-            scale = scaler.get_scale()
-            flat = accelerator.reduce(
-                torch.cat([g.flatten() for g in gradients]) / micro_steps, reduction="mean"
+    def update(results: list[StepResult], gradients: list[Tensor]) -> tuple[float, float, float]:
+        """One optimizer step, the same on every process; its loss, gradient norm, learning rate.
+
+        All processes' gradients and losses meet in one reduction. One that is not finite, on whichever
+        process, is so for all after it, and all skip the step.
+        """
+        scale = scaler.get_scale()
+        loss = torch.stack([result.loss for result in results]).sum()
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.view(1).to(gradients[0])])
+        *flat, loss = accelerator.reduce(flat / micro_steps, reduction="mean").split(
+            [*(matrix.numel() for matrix in models.lora), 1]
+        )
+        loss = loss.item()
+        for matrix, gradient in zip(models.lora, flat, strict=True):
+            matrix.grad = (
+                gradient.view_as(matrix) if math.isfinite(loss) else torch.full_like(matrix, math.nan)
             )
-            for matrix, gradient in zip(
-                models.lora, flat.split([m.numel() for m in models.lora]), strict=True
-            ):
-                matrix.grad = gradient.view_as(matrix)
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(models.lora, options.max_grad_norm).item()
-            learning_rate = optimizer.param_groups[0]["lr"]
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(models.lora, options.max_grad_norm).item()
+        learning_rate = options.learning_rate * schedule(progress.updates)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        is_finite = math.isfinite(grad_norm)
+        if is_finite or scaler.is_enabled():  # a scaler steps only if finite, and else lowers the scale
             scaler.step(optimizer)
             scaler.update()
-            skipped = scaler.get_scale() < scale  # float16 overflowed: no step taken, the scale lowered
-            if not skipped:
-                lr_scheduler.step()
+        progress.step += 1
+        progress.updates += is_finite
+        # A float16 gradient may overflow for a few steps until its scale has found its size.
+        is_overflow = scaler.is_enabled() and math.isfinite(loss) and scale > 1
+        progress.nonfinite_in_a_row = 0 if is_finite or is_overflow else progress.nonfinite_in_a_row + 1
+        progress.nonfinite += not (is_finite or is_overflow)
+        return loss, grad_norm, learning_rate
 
-        # ---- log: one reduction and one gather for all numbers of all processes
-        seconds = phase.pop() | {"total": time.perf_counter() - step_started}
-        norms = [norm / scale / options.grad_scale for norm in norms]
-        numbers = step_numbers(results, stops, norms, seconds, device)
-        vector = torch.stack([number.float().to(device) for number in numbers.values()])
-        values = dict(zip(numbers, accelerator.reduce(vector, reduction="mean").tolist(), strict=True))
-        scores = torch.cat([result.scores for result in results], dim=1)
-        scores = accelerator.gather(scores.T.contiguous()).T.float().cpu()  # (K, pictures of the step)
-        total, means = models.rewards.total(scores), models.rewards.means(scores)
-        if (
-            not (math.isfinite(values["loss"]) and (skipped or math.isfinite(grad_norm)))
-            or scaler.get_scale() < 1
-        ):
-            broken = [name for name, mean in means.items() if not math.isfinite(mean)]
-            raise UserError(
-                f"step {step + 1}: the loss or its gradient is not a finite number (loss {values['loss']}, "
-                f"gradient norm {grad_norm}{', from the reward ' if broken else ''}{' and '.join(broken)}). "
-                "Nothing was saved. Try a lower --learning_rate, or "
-                "--mixed_precision bf16 or no."
-            )
-        values |= {
-            "reward/mean": total.mean().item(),
-            "reward/std": total.std(correction=0).item(),
-            "reward/min": total.min().item(),
-            "reward/max": total.max().item(),
-            "gradient_norm": grad_norm / options.grad_scale,
-            "learning_rate": learning_rate,
-        }
-        values |= {f"reward/{name}": mean for name, mean in means.items()}
-        if options.reward_target is not None:
-            above = values["reward/above_target"] = (total > options.reward_target).float().mean().item()
-            if step == 0 and above == 1:
-                accelerator.print(
-                    f"note: every picture is above --reward_target {options.reward_target} (mean "
-                    f"{total.mean():.2f}) and gets no gradient; raise it, or take None."
-                )
-        values |= {f"pictures_per_second/{name}": len(total) / values[f"seconds/{name}"] for name in seconds}
-        if writer:
-            board.write_scalars(
-                writer, {tag: value for tag, value in values.items() if math.isfinite(value)}, step + 1
-            )
-            writer.add_histogram("reward/histogram", total, step + 1)
-        bar.set_postfix(
-            reward=f"{total.mean():+.3f}", loss=f"{values['loss']:.2e}", lr=f"{learning_rate:.1e}"
+    # ---- loop
+    phase = board.Phases(device)
+    bar = tqdm(
+        remaining, "ReFL", options.max_train_steps, initial=progress.step, unit="step",
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
+    started, saved_step = time.perf_counter(), progress.step
+    signals, stopped = StopSignals(), None
+    try:
+        with signals.interruptible():
+            if is_validated(progress.step) and progress.validated_step != progress.step:
+                show_validation(progress.step)
+        for step in bar:
+            step_started, scale = time.perf_counter(), scaler.get_scale()
+            with signals.interruptible():
+                results, stops, norms, gradients = own_gradients(step)
+            with phase("optimizer"):
+                loss, grad_norm, learning_rate = update(results, gradients)
+
+            # ---- log: one reduction and one gather for all numbers of all processes
+            seconds = phase.pop() | {"total": time.perf_counter() - step_started}
+            norms = [norm / scale / options.grad_scale for norm in norms]
+            numbers = step_numbers(results, stops, norms, seconds, device)
+            vector = torch.stack([number.float().to(device) for number in numbers.values()])
+            values = dict(zip(numbers, accelerator.reduce(vector, reduction="mean").tolist(), strict=True))
+            scores = torch.cat([result.scores for result in results], dim=1)
+            scores = accelerator.gather(scores.T.contiguous()).T.float().cpu()  # (K, pictures of the step)
+            total, means = models.rewards.total(scores), models.rewards.means(scores)
+            values |= {
+                "loss": loss,
+                "reward/mean": total.mean().item(),
+                "reward/std": total.std(correction=0).item(),
+                "reward/min": total.min().item(),
+                "reward/max": total.max().item(),
+                "gradient_norm": grad_norm / options.grad_scale,
+                "learning_rate": learning_rate,
+                "nonfinite_steps": progress.nonfinite,
+            }
+            values |= {f"reward/{name}": mean for name, mean in means.items()}
+            if options.reward_target is not None:
+                above = values["reward/above_target"] = (total > options.reward_target).float().mean().item()
+                if step == 0 and above == 1:
+                    accelerator.print(
+                        f"note: every picture is above --reward_target {options.reward_target} (mean "
+                        f"{total.mean():.2f}) and gets no gradient; raise it, or take None."
+                    )
+            values |= {
+                f"pictures_per_second/{name}": len(total) / values[f"seconds/{name}"] for name in seconds
+            }
+            if writer:
+                finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
+                board.write_scalars(writer, finite, step + 1)
+                if total.isfinite().all():
+                    writer.add_histogram("reward/histogram", total, step + 1)
+            bar.set_postfix(reward=f"{total.mean():+.3f}", loss=f"{loss:.2e}", lr=f"{learning_rate:.1e}")
+            if progress.nonfinite_in_a_row:
+                broken = [name for name, mean in means.items() if not math.isfinite(mean)]
+                what = f"loss {loss:.2e}, gradient norm {grad_norm:.2e}" + "".join(f", {n}" for n in broken)
+                accelerator.print(f"warning: step {step + 1} skipped: not finite ({what})", file=sys.stderr)
+                if progress.nonfinite_in_a_row >= options.max_nonfinite_steps:
+                    break
+
+            # ---- validate, save
+            if is_validated(step + 1):
+                with signals.interruptible():
+                    show_validation(step + 1)
+            if options.checkpointing_steps and (step + 1) % options.checkpointing_steps == 0:
+                save_checkpoint()
+                saved_step = step + 1
+    except Stopped as reason:
+        stopped = reason
+    except Exception:
+        if not signals.received:
+            raise
+        stopped = Stopped(signals.received)  # another process was told as well, and ended first
+    bar.close()
+
+    # ---- save: the state after the last step that counted
+    if (
+        skipped := progress.nonfinite_in_a_row
+        if progress.nonfinite_in_a_row >= options.max_nonfinite_steps
+        else 0
+    ):
+        progress.step -= skipped
+        progress.nonfinite -= skipped
+        progress.nonfinite_in_a_row = 0
+    if progress.step != saved_step:
+        save_checkpoint()
+    if writer and (stopped or skipped):
+        writer.close()
+    if stopped:
+        accelerator.print(
+            f"stopped by {stopped.name} after {progress.step} steps; the same command goes on from there"
         )
-        if options.validation_steps and ((step + 1) % options.validation_steps == 0 or step + 1 == len(bar)):
-            last_validation = show_validation(step + 1)
-
-    # ---- save
+        sys.exit(stopped.exit_code)
+    if skipped:
+        raise UserError(
+            f"{skipped} steps in a row had a loss or a gradient that is not a finite number. The state "
+            f"before them is checkpoint-{progress.step}. Try a lower --learning_rate with "
+            "--allow_changed_options, or --mixed_precision bf16 or no."
+        )
     if accelerator.is_main_process:
-        path = diffusion.save_lora(
-            parts.unet,
-            output,
-            {
-                "step": options.max_train_steps,
-                "rank": options.rank,
-                "lora_alpha": lora_alpha,
-                "base_model": options.pretrained_model_name_or_path,
-                "reward": options.reward,
-                "resolution": resolution,
-                "guidance_scale": options.guidance_scale,
-                "sampler": "ddpm",
-                "num_inference_steps": options.num_inference_steps,
-            },
-        )
+        path = diffusion.save_lora(parts.unet, output, lora_metadata())
         write_whole(output / "options.json", json.dumps(saved_options, indent=2) + "\n")
         if writer:
             writer.close()
-        print(f"{options.max_train_steps} steps in {time.perf_counter() - started:.0f} s; LoRA in {path}")
+        print(f"{len(remaining)} steps in {time.perf_counter() - started:.0f} s; LoRA in {path}")
         if options.validation_steps:
-            print(f"validation reward {first_validation:+.3f} -> {last_validation:+.3f}")
+            print(f"validation reward {progress.first_validation:+.3f} -> {progress.validation:+.3f}")
     accelerator.end_training()
 
 

@@ -27,7 +27,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -175,27 +175,44 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, seed: int) -> 
 
 
 def save_lora(unet: UNet2DConditionModel, folder: str | Path, metadata: dict) -> Path:
-    """Write the LoRA to `folder`/pytorch_lora_weights.safetensors in diffusers' format: whole, or not at all.
+    """Write the LoRA to `folder`/pytorch_lora_weights.safetensors: whole, or not at all."""
+    path = Path(folder) / LORA_FILE
+    write_whole(path, pack_lora(unet, metadata))
+    return path
+
+
+def pack_lora(unet: UNet2DConditionModel, metadata: dict) -> bytes:
+    """The LoRA as a safetensors file in diffusers' format; the same LoRA is the same bytes.
 
     `metadata` goes into the file beside what diffusers needs to restore rank and alpha.
     """
-    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     adapter = {f"unet.{key}": value for key, value in unet.peft_config["default"].to_dict().items()}
     content = save(
-        {f"unet.{key}": value.detach().cpu().contiguous() for key, value in weights.items()},
+        {key: value.detach().cpu().contiguous() for key, value in _lora_weights(unet).items()},
         metadata={
             "format": "pt",
             LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True, default=sorted),
             METADATA_KEY: json.dumps(metadata, sort_keys=True),
         },
     )
-    # safetensors writes the metadata in random order; sorted, the same LoRA is the same bytes.
+    # safetensors writes the metadata in random order.
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
-    path = Path(folder) / LORA_FILE
-    write_whole(path, len(header).to_bytes(8, "little") + header + content[8 + length :])
-    return path
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
+@torch.no_grad()
+def unpack_lora(unet: UNet2DConditionModel, content: bytes) -> None:
+    """Put the values of `pack_lora` into the LoRA that `unet` already carries."""
+    saved = load(content)
+    for key, value in _lora_weights(unet).items():
+        value.copy_(saved[key])
+
+
+def _lora_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:  # the matrices themselves, not copies
+    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    return {f"unet.{key}": value for key, value in weights.items()}
 
 
 def lora_file(path: str | Path) -> Path:

@@ -9,7 +9,15 @@ STEPS = 80
 
 
 def test_the_demo_learns_and_shows_it():
-    run = run_script("bash", "demo/run.sh", "--max_train_steps", str(STEPS), OMP_NUM_THREADS="1")
+    run = run_script(
+        "bash",
+        "demo/run.sh",
+        "--max_train_steps",
+        str(STEPS),
+        "--resume_from_checkpoint",
+        "none",
+        OMP_NUM_THREADS="1",
+    )
     assert run.returncode == 0, run.stderr
     assert "192 held-out prompts" in run.stdout and "difference" in run.stdout
     summary = json.loads((ROOT / "result/demo/summary.json").read_text())
