@@ -1,0 +1,195 @@
+"""Train the demo world, kill it at random until so many kills are survived, and count what was lost.
+
+python benchmarks/soak.py --kills 200
+python benchmarks/soak.py --kills 50 --processes 2
+
+One run that nothing stops says what is right. Then the same run is started, killed, and started again by the
+same command until it is finished, and its LoRA, optimizer and curves are compared with what is right, byte for
+byte; and so on with the next run. Kills fall while a process starts, trains or saves, which it does after every
+step. Counts are kept in --output_dir/soak.json after every kill: started again, the soak goes on from there.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from refl import checkpoints  # noqa: E402
+from refl.diffusion import LORA_FILE  # noqa: E402
+from refl.files import write_whole  # noqa: E402
+
+import tyro  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+TIMINGS = ("seconds", "pictures_per_second", "memory")  # curves that no two runs share
+OPTIONS = """--num_inference_steps 6 --min_stop 3 --max_stop 5 --train_batch_size 2 --max_train_steps 60
+    --gradient_accumulation_steps 2 --lr_scheduler cosine --lr_warmup_steps 3 --learning_rate 2e-3
+    --checkpointing_steps 1 --checkpoints_total_limit 2 --validation_steps 20 --num_validation_images 2""".split()
+SIGNALS = {"SIGKILL": 6, "SIGTERM": 3, "SIGINT": 1}  # how often each, of ten
+
+
+@dataclass
+class Options:
+    """Kill training at random and count what is lost."""
+
+    kills: int = 1000
+    """Kills in all, those of earlier starts included."""
+    processes: int = 1
+    """Processes that train; more than one start through train_refl_lora.sh, and are killed together."""
+    seed: int = 0
+    """Seed of the moments of the kills."""
+    output_dir: str = "result/soak"
+    """Where the runs, the counts and the table go."""
+
+
+@dataclass
+class Counts:
+    """What happened."""
+
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SIGNALS, 0))
+    kills_in_start: int = 0
+    starts: int = 0
+    runs_finished: int = 0
+    checkpoints_lost: int = 0
+    mismatches: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+
+
+def start(output: Path, processes: int) -> subprocess.Popen:
+    """The training command, in a process group of its own."""
+    command = ["bash", "train_refl_lora.sh"] if processes > 1 else [sys.executable, "refl_lora.py"]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "NUM_PROCESSES": str(processes)}
+    demo = [
+        "--pretrained_model_name_or_path=demo/checkpoint/stable-diffusion-v1-4",
+        "--reward_path=demo/checkpoint",
+    ]
+    prompts = ["--prompts=demo/prompts/train.txt", "--validation_prompts=demo/prompts/held_out.txt"]
+    with open(output.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(
+            [*command, *demo, *prompts, *OPTIONS, f"--output_dir={output}"],
+            cwd=ROOT,
+            env={**os.environ, **environment, "PYTHON": sys.executable},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def newest_step(output: Path) -> int:
+    """Step of the newest checkpoint, 0 without any; it must be whole."""
+    step = max(checkpoints.steps(output), default=0)
+    if step:
+        checkpoints.read(output / f"checkpoint-{step}")
+    return step
+
+
+def what_remains(output: Path) -> dict[str, bytes | list]:
+    """All of a finished run that must repeat."""
+    last = output / f"checkpoint-{newest_step(output)}"
+    files = [output / LORA_FILE, *(last / name for name in (LORA_FILE, "optimizer.safetensors"))]
+    board = EventAccumulator(str(output / "logs"), size_guidance={"scalars": 0}).Reload()
+    curves = {
+        tag: [(point.step, point.value) for point in board.Scalars(tag)]
+        for tag in board.Tags()["scalars"]
+        if tag.split("/")[0] not in TIMINGS
+    }
+    return {str(path.relative_to(output)): path.read_bytes() for path in files} | curves
+
+
+def kill_once(output: Path, processes: int, chance: random.Random, counts: Counts) -> bool:
+    """Start the run and kill it at some moment; True if it was finished before."""
+    before = newest_step(output)
+    process = start(output, processes)
+    counts.starts += 1
+    in_start = chance.random() < 0.1
+    deadline = time.monotonic() + (chance.uniform(0, 8) if in_start else 300)
+    while time.monotonic() < deadline and process.poll() is None:
+        if not in_start and max(checkpoints.steps(output), default=0) > before:
+            in_start, deadline = (
+                True,
+                time.monotonic() + chance.uniform(0, 4),
+            )  # it trains: some time from now
+        time.sleep(0.002)
+    if process.poll() is not None:
+        counts.failures += process.returncode != 0
+        return process.returncode == 0
+    name = chance.choices(list(SIGNALS), list(SIGNALS.values()))[0]
+    os.killpg(process.pid, signal.Signals[name])
+    try:
+        process.wait(timeout=120)
+    except subprocess.TimeoutExpired:
+        counts.failures += 1
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    after = newest_step(output)
+    counts.kills[name] += 1
+    counts.kills_in_start += after == before
+    counts.checkpoints_lost += after < before
+    return False
+
+
+def table(counts: Counts, options: Options) -> str:
+    """The counts as a table for people."""
+    kills = ", ".join(f"{number} {name}" for name, number in counts.kills.items())
+    rows = {
+        "processes that train": options.processes,
+        "kills": f"{sum(counts.kills.values())} ({kills})",
+        "of them before the first new checkpoint": counts.kills_in_start,
+        "starts": counts.starts,
+        "runs finished and compared": counts.runs_finished,
+        "checkpoints lost or not whole": counts.checkpoints_lost,
+        "runs that differ from the one that was not stopped": counts.mismatches,
+        "processes that failed or hung": counts.failures,
+        "hours": f"{counts.seconds / 3600:.2f}",
+    }
+    return "| what | how often |\n|---|---|\n" + "".join(
+        f"| {what} | {count} |\n" for what, count in rows.items()
+    )
+
+
+def main() -> None:
+    """Kill, resume, compare, count."""
+    options = tyro.cli(Options, use_underscores=True)
+    folder = Path(options.output_dir).resolve()
+    straight, run, file = folder / "straight", folder / "run", folder / "soak.json"
+    counts = Counts(**json.loads(file.read_text())) if file.exists() else Counts()
+    straight.parent.mkdir(parents=True, exist_ok=True)
+    if start(straight, options.processes).wait() != 0:
+        sys.exit(f"error: the run that nothing stops failed; see {straight.with_suffix('.log')}")
+    expected = what_remains(straight)
+
+    with tqdm(total=options.kills, initial=sum(counts.kills.values()), desc="soak", unit="kill") as bar:
+        while (done := sum(counts.kills.values())) < options.kills:
+            started = time.monotonic()
+            try:
+                is_finished = kill_once(
+                    run, options.processes, random.Random(f"{options.seed} {counts.starts}"), counts
+                )
+            except ValueError as error:
+                bar.write(str(error))
+                counts.checkpoints_lost += 1
+                is_finished = False
+            if is_finished:
+                counts.runs_finished += 1
+                counts.mismatches += what_remains(run) != expected
+                shutil.rmtree(run)
+            counts.seconds += time.monotonic() - started
+            write_whole(file, json.dumps(asdict(counts), indent=2) + "\n")
+            bar.update(sum(counts.kills.values()) - done)
+    print(table(counts, options))
+    sys.exit(bool(counts.checkpoints_lost or counts.mismatches or counts.failures))
+
+
+if __name__ == "__main__":
+    main()
