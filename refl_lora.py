@@ -667,7 +667,7 @@ def main() -> None:
         disable=not accelerator.is_main_process,
     )  # fmt: skip
     started, saved_step = time.perf_counter(), progress.step
-    signals, stopped = StopSignals(), None
+    signals, ending = StopSignals(), None  # a Stopped or a UserError if the run ends before its last step
     try:
         with signals.interruptible():
             if is_validated(progress.step) and progress.validated_step != progress.step:
@@ -720,6 +720,12 @@ def main() -> None:
                 what = f"loss {loss:.2e}, gradient norm {grad_norm:.2e}" + "".join(f", {n}" for n in broken)
                 accelerator.print(f"warning: step {step + 1} skipped: not finite ({what})", file=sys.stderr)
                 if progress.nonfinite_in_a_row >= options.max_nonfinite_steps:
+                    progress.forget_nonfinite_steps()
+                    ending = UserError(
+                        f"{options.max_nonfinite_steps} steps in a row had a loss or a gradient that is not "
+                        f"a finite number. The state before them, after step {progress.step}, is kept. Try a "
+                        "lower --learning_rate with --allow_changed_options, or --mixed_precision bf16 or no."
+                    )
                     break
 
             # ---- validate, save
@@ -729,38 +735,31 @@ def main() -> None:
             if options.checkpointing_steps and (step + 1) % options.checkpointing_steps == 0:
                 save_checkpoint()
                 saved_step = step + 1
-    except Stopped as reason:
-        stopped = reason
-    except Exception:
-        if not signals.received:
+    except Stopped as stopped:
+        ending = stopped
+    except RuntimeError as error:  # what a collective raises when another process has ended
+        if signals.received:
+            ending = Stopped(signals.received)
+        elif isinstance(error, torch.distributed.DistBackendError) or "gloo/transport" in str(error):
+            ending = UserError(
+                f"another process ended, so this one stopped after step {progress.step}. The other said why, "
+                "if it could; the same command goes on from here."
+            )
+        else:
             raise
-        stopped = Stopped(signals.received)  # another process was told as well, and ended first
     bar.close()
 
-    # ---- save: the state after the last step that counted
-    if (
-        skipped := progress.nonfinite_in_a_row
-        if progress.nonfinite_in_a_row >= options.max_nonfinite_steps
-        else 0
-    ):
-        progress.step -= skipped
-        progress.nonfinite -= skipped
-        progress.nonfinite_in_a_row = 0
+    # ---- save
     if progress.step != saved_step:
         save_checkpoint()
-    if writer and (stopped or skipped):
+    if ending and writer:
         writer.close()
-    if stopped:
-        accelerator.print(
-            f"stopped by {stopped.name} after {progress.step} steps; the same command goes on from there"
-        )
-        sys.exit(stopped.exit_code)
-    if skipped:
-        raise UserError(
-            f"{skipped} steps in a row had a loss or a gradient that is not a finite number. The state "
-            f"before them is checkpoint-{progress.step}. Try a lower --learning_rate with "
-            "--allow_changed_options, or --mixed_precision bf16 or no."
-        )
+    if isinstance(ending, Stopped):
+        where = f"after {progress.step} steps; the same command goes on from there"
+        accelerator.print(f"stopped by {ending.name} {where}")
+        sys.exit(ending.exit_code)
+    if ending:
+        raise ending
     if accelerator.is_main_process:
         path = diffusion.save_lora(parts.unet, output, lora_metadata())
         write_whole(output / "options.json", json.dumps(saved_options, indent=2) + "\n")

@@ -6,6 +6,8 @@
 #   CUDA_VISIBLE_DEVICES=6,7 bash train_refl_lora.sh          choose the GPUs
 #   NUM_PROCESSES=1 bash train_refl_lora.sh                   choose how many processes
 #   bash train_refl_lora.sh --main_process_port 29501         choose the port (a free one is found otherwise)
+#   bash train_refl_lora.sh --num_machines 2 --machine_rank 0 --main_process_ip HOST --main_process_port 29501
+#                                                             on each of two machines, 0 and 1; HOST is machine 0
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -20,16 +22,30 @@ if [[ -z ${ready:-} ]]; then
 fi
 
 # Options of the launcher are taken out; everything else is for refl_lora.py.
-port=0
+main_process_port=0 main_process_ip='' num_machines=1 machine_rank=0
 options=(--learning_rate=1e-04 --grad_scale 0.01)
 while (($#)); do
-  case $1 in
-    --main_process_port=* | --main-process-port=*) port=${1#*=} ;;
-    --main_process_port | --main-process-port) port=${2:?"--main_process_port needs a number"} && shift ;;
+  name=${1%%=*}
+  name=${name#--} name=${name//-/_}
+  case $name in
+    main_process_port | main_process_ip | num_machines | machine_rank)
+      if [[ $1 == *=* ]]; then value=${1#*=}; else value=${2:?"$1 needs a value"} && shift; fi
+      printf -v "$name" %s "$value"
+      ;;
     *) options+=("$1") ;;
   esac
   shift
 done
+for name in main_process_port num_machines machine_rank; do
+  if ! [[ ${!name} =~ ^[0-9]+$ ]]; then
+    echo "error: --$name ${!name}: must be a whole number" >&2
+    exit 2
+  fi
+done
+if ((num_machines > 1)) && { ((main_process_port == 0)) || [[ -z $main_process_ip ]]; }; then
+  echo "error: --num_machines $num_machines needs --main_process_ip and --main_process_port, the same on all machines" >&2
+  exit 2
+fi
 
 # Mistakes are reported here, once and in one line, before anything is launched.
 for option in "${options[@]}"; do
@@ -60,8 +76,10 @@ fi
 # One process needs no launcher. Without a GPU, --multi_gpu starts several processes over gloo; --cpu would start one.
 # Every setting is given, so that none comes from an `accelerate config` made for something else.
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
-if ((processes == 1)); then
+if ((processes * num_machines == 1)); then
   ACCELERATE_MIXED_PRECISION=$precision exec "$python" "$here/refl_lora.py" "${options[@]}"
 fi
-exec "$python" -m refl.launch --multi_gpu --gpu_ids all --num_processes "$processes" --num_machines 1 \
-  --mixed_precision "$precision" --dynamo_backend no --main_process_port "$port" "$here/refl_lora.py" "${options[@]}"
+exec "$python" -m refl.launch --multi_gpu --gpu_ids all --num_processes $((processes * num_machines)) \
+  --num_machines "$num_machines" --machine_rank "$machine_rank" --main_process_ip "${main_process_ip:-127.0.0.1}" \
+  --main_process_port "$main_process_port" --mixed_precision "$precision" --dynamo_backend no \
+  "$here/refl_lora.py" "${options[@]}"

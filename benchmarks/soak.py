@@ -4,9 +4,9 @@ python benchmarks/soak.py --kills 200
 python benchmarks/soak.py --kills 50 --processes 2
 
 One run that nothing stops says what is right. Then the same run is started, killed, and started again by the
-same command until it is finished, and its LoRA, optimizer and curves are compared with what is right, byte for
-byte; and so on with the next run. Kills fall while a process starts, trains or saves, which it does after every
-step. Counts are kept in --output_dir/soak.json after every kill: started again, the soak goes on from there.
+same command until it is finished, and its LoRA, optimizer and curves are compared with what is right, byte
+for byte; and so on with the next run. Kills fall while a process starts, trains or saves, which it does after
+every step. Counts are kept in --output_dir/soak.json after every kill: started again, it goes on from there.
 """
 
 import json
@@ -34,7 +34,8 @@ from tqdm import tqdm  # noqa: E402
 TIMINGS = ("seconds", "pictures_per_second", "memory")  # curves that no two runs share
 OPTIONS = """--num_inference_steps 6 --min_stop 3 --max_stop 5 --train_batch_size 2 --max_train_steps 60
     --gradient_accumulation_steps 2 --lr_scheduler cosine --lr_warmup_steps 3 --learning_rate 2e-3
-    --checkpointing_steps 1 --checkpoints_total_limit 2 --validation_steps 20 --num_validation_images 2""".split()
+    --checkpointing_steps 1 --checkpoints_total_limit 2 --validation_steps 20
+    --num_validation_images 2""".split()
 SIGNALS = {"SIGKILL": 6, "SIGTERM": 3, "SIGINT": 1}  # how often each, of ten
 
 

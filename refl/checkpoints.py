@@ -104,6 +104,12 @@ class Progress:
     first_validation: float | None = None
     scaler: dict = field(default_factory=dict)  # GradScaler's state
 
+    def forget_nonfinite_steps(self) -> None:
+        """Go back to the last step that was not skipped; nothing else has changed since."""
+        self.step -= self.nonfinite_in_a_row
+        self.nonfinite -= self.nonfinite_in_a_row
+        self.nonfinite_in_a_row = 0
+
 
 def pack_state(progress: Progress, decides: dict, options: dict) -> bytes:
     """The file `STATE`; `decides` is all that the LoRA depends on, `options` is for people."""

@@ -1,7 +1,8 @@
-"""Several processes: told to stop, killed, given numbers that are not finite; their number does not matter."""
+"""Several processes told to stop, killed, given numbers that are not finite; their number does not matter."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ OPTIONS = (
     "--num_inference_steps 4 --min_stop 2 --max_stop 3 --num_validation_images 2 --validation_steps 4".split()
 )
 
-# 0.1 x the mean of red; on the second process some calls are not finite: one for validation, two for each step.
+# 0.1 x the mean of red; on the second process some calls are not finite: 1 for validation, 2 for each step.
 SICK = """
 import os
 calls = []
@@ -126,6 +127,55 @@ def test_two_processes_stopped_and_resumed(start, straight, tmp_path, how):
     assert (tmp_path / LORA).read_bytes() == (straight / LORA).read_bytes()
 
 
+def start_machines(start, folder, *options):
+    """Two launchers on this machine, as on two, each with a disk of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = ["--num_machines=2", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
+    return [
+        start(folder / f"machine{rank}", 1, *TWO, *options, *place, f"--machine_rank={rank}")
+        for rank in (0, 1)
+    ]
+
+
+def test_two_machines_are_one_run(start, straight, tmp_path):
+    for machine in start_machines(start, tmp_path):
+        finish(machine)
+    assert (tmp_path / "machine0" / LORA).read_bytes() == (straight / LORA).read_bytes()
+    assert not (tmp_path / "machine1").exists()  # the first process writes
+
+
+def test_a_lost_machine_stops_the_other_and_the_run_goes_on(start, straight, tmp_path):
+    machines = start_machines(start, tmp_path)
+    wait_for(tmp_path / "machine0", 2)
+    lost_at = time.monotonic()
+    os.killpg(machines[1].pid, signal.SIGKILL)
+    for worker in workers(machines[1]) if machines[1].poll() is None else []:
+        worker.kill()
+    _, err = machines[0].communicate(timeout=120)
+    assert time.monotonic() - lost_at < 60
+    assert machines[0].returncode == 2 and "error: another process ended" in err and "Traceback" not in err
+    machines[1].communicate(timeout=10)
+    for machine in start_machines(start, tmp_path):  # the second has no checkpoint: the first tells it
+        finish(machine)
+    assert (tmp_path / "machine0" / LORA).read_bytes() == (straight / LORA).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--num_machines 2", "--num_machines 2 needs --main_process_ip and --main_process_port"),
+        ("--num_machines two", "--num_machines two: must be a whole number"),
+        ("--main-process-port=x", "--main_process_port x: must be a whole number"),
+    ],
+)
+def test_mistakes_in_the_launcher_s_options(start, tmp_path, options, message):
+    process = start(tmp_path / "out", 1, *options.split())
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and message in err
+
+
 def test_one_sick_process_makes_all_skip(start, tmp_path):
     (tmp_path / "sick.py").write_text(SICK.replace("SICK_CALLS", "(6,)"))
     options = [*TWO, "--reward=sick:red", "--max_train_steps=4"]
@@ -143,8 +193,11 @@ def test_too_many_sick_steps_end_the_run_at_the_last_good_state(start, tmp_path)
     process = start(tmp_path / "out", 2, *options, PYTHONPATH=str(tmp_path))
     out, err = process.communicate(timeout=600)
     assert process.returncode == 2 and "Traceback" not in err
-    assert "error: 3 steps in a row had a loss or a gradient that is not a finite number" in err
-    assert "checkpoint-2" in err and checkpoints.steps(tmp_path / "out") == [2]
+    assert (
+        "The state before them, after step 2, is kept" in err
+        and "error: 3 steps in a row had a loss or a gradient that is not a finite number" in err
+    )
+    assert checkpoints.steps(tmp_path / "out") == [2]
     assert checkpoints.newest(tmp_path / "out")
 
 
