@@ -250,8 +250,7 @@ def check_options(options: Options) -> None:
     doctor.check_weights(
         options.pretrained_model_name_or_path, options.reward_path if "imagereward" in named else None
     )
-    doctor.check_model(options.pretrained_model_name_or_path, options.num_inference_steps)
-    doctor.check_output_folder(options.output_dir)
+    doctor.check(options, devices=options.check)
 
 
 # ---------------------------------------------------------------------------------------------- one ReFL step

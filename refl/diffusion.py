@@ -69,12 +69,16 @@ def load_stable_diffusion(
     try:
         parts = StableDiffusion(
             tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-            text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype),
-            vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=vae_dtype),
-            unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype),
+            text_encoder=_load_part(CLIPTextModel, folder, "text_encoder", dtype=dtype),
+            vae=_load_part(AutoencoderKL, folder, "vae", torch_dtype=vae_dtype),
+            unet=_load_part(UNet2DConditionModel, folder, "unet", torch_dtype=dtype),
             scheduler_config=DDPMScheduler.load_config(folder, subfolder="scheduler"),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # three libraries read other people's files here; tokenizers raises Exception itself
         raise _not_loadable(folder, error) from error
     if (
         len(parts.tokenizer) != parts.text_encoder.config.vocab_size
@@ -86,6 +90,17 @@ def load_stable_diffusion(
     for part in (parts.text_encoder, parts.vae, parts.unet):
         part.requires_grad_(False).eval().to(device)
     return parts
+
+
+def _load_part(cls: type, folder: str | Path, part: str, **dtype: torch.dtype) -> torch.nn.Module:
+    """A model of diffusers or transformers, which both fill weights that a file lacks with random numbers."""
+    model, info = cls.from_pretrained(folder, subfolder=part, output_loading_info=True, **dtype)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{Path(folder) / part} is of another model: {len(missing)} weights are missing, such as "
+            f"{missing[0]}."
+        )
+    return model
 
 
 def _not_loadable(folder: str | Path, error: Exception) -> UserError:

@@ -1,12 +1,31 @@
-"""Every check that can fail before anything is loaded. Each raises `UserError`; none imports torch or reads
-weights."""
+"""Every check that can fail before anything is loaded; training makes them first.
+
+python -m refl.doctor                                          # a table of what is right, doubtful, wrong
+python -m refl.doctor --output_dir elsewhere --rank 16         # the same options as for training
+
+Each check returns what it found, or raises `Doubt` with what to look at or `UserError` with what to do. None
+reads weights beyond the headers of their files.
+"""
 
 import json
+import math
 import os
+import re
+import shutil
+import socket
+import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from refl.errors import UserError
+from refl.errors import UserError, run_as_command
+from refl.prompts import read_prompts
+
+from safetensors import SafetensorError, safe_open
 
 MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
@@ -91,8 +110,8 @@ def resolution_of(folder: str | Path, resolution: int | None) -> int:
     try:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-        resolution = unet["sample_size"] * factor if resolution is None else resolution
-    except (KeyError, TypeError) as error:
+        resolution = int(unet["sample_size"]) * factor if resolution is None else resolution
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}: the configuration of unet or vae is not one of Stable Diffusion ({error})."
         ) from error
@@ -108,6 +127,8 @@ def resolution_of(folder: str | Path, resolution: int | None) -> int:
 def check_output_folder(folder: str | Path) -> None:
     """`folder` exists or can be made, and a file can be written in it."""
     folder = Path(folder)
+    if "\0" in str(folder):
+        raise UserError(f"{str(folder)!r} cannot be used for output: a name has no null in it.")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise UserError(f"{folder} cannot be used for output: {existing} is not a folder.")
@@ -116,3 +137,200 @@ def check_output_folder(folder: str | Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror} ({existing}).") from error
+
+
+# -------------------------------------------------------------------------------------------- checks of a run
+
+
+class Doubt(Exception):
+    """Something that may go well. Training does not stop for it."""
+
+
+@dataclass
+class Options:
+    """Look at everything that training will need. The options are those of refl_lora.py; see its --help."""
+
+    pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
+    reward: str = "imagereward"
+    reward_path: str = "checkpoint"
+    prompts: str = "data/train_prompts.txt"
+    validation_prompts: str = "data/held_out_prompts.txt"
+    output_dir: str = "checkpoint/refl_lora"
+    resolution: int | None = None
+    rank: int = 4
+    train_batch_size: int = 2
+    decode_batch_size: int = 1
+    num_inference_steps: int = 40
+    gradient_checkpointing: bool = False
+    checkpoints_total_limit: int = 3
+    mixed_precision: str | None = None
+    """None: bf16 where all GPUs can, else fp16; no on the CPU."""
+    main_process_port: int = 0
+    """The port that processes meet at; 0: a free one."""
+
+
+def check_versions(options: Any) -> str:
+    """The libraries are those that were tested together."""
+    requirements = Path(__file__).parents[1] / "requirements.txt"
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", requirements.read_text(), re.M))
+    found = {}
+    for name in pins:
+        try:
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError as error:
+            raise UserError(f"{name} is not installed. Run: pip install -r {requirements}") from error
+    others = [f"{name} {found[name]} (tested: {pin})" for name, pin in pins.items() if found[name] != pin]
+    if others:
+        raise Doubt(f"not what was tested together: {', '.join(others)}. pip install -r {requirements}")
+    return f"Python {sys.version.split()[0]}, {len(pins)} packages as tested"
+
+
+def check_model_files(options: Any) -> str:
+    """The text-to-image model is there, of the right architecture, its files as long as they should be."""
+    folder = options.pretrained_model_name_or_path
+    check_weights(folder, None)
+    check_model(folder, options.num_inference_steps)
+    num_weights = sum(
+        count_weights(file) for part in MODEL_PARTS for file in (Path(folder) / part).glob("*.safetensors")
+    )
+    size = resolution_of(folder, options.resolution)
+    return f"{folder}: {num_weights / 1e6:,.1f} million weights, {size}x{size}"
+
+
+def check_scheduler(options: Any) -> str:
+    """DDPM on latents must not clip: they are not in [-1, 1]."""
+    config = read_config(options.pretrained_model_name_or_path, "scheduler", "scheduler_config.json")
+    clip_sample = config.get("clip_sample", "not set, True as diffusers reads it for DDPM")
+    return f"clip_sample in the file: {clip_sample}; False is used"
+
+
+def check_reward_files(options: Any) -> str:
+    """ImageReward's files are there, if it is asked for."""
+    if not re.search(r"(^|,)\s*imagereward\b", options.reward):
+        return f"{options.reward}: no files of ours"
+    check_reward(options.reward_path)
+    return f"{options.reward_path}: ImageReward, med_config.json, bert-base-uncased"
+
+
+def check_prompts(options: Any) -> str:
+    """Both prompt files can be read."""
+    counts = [len(read_prompts(path)) for path in (options.prompts, options.validation_prompts)]
+    return f"{counts[0]} to train on, {counts[1]} to validate with"
+
+
+def check_output(options: Any) -> str:
+    """The output folder can be written, and its disk takes the checkpoints."""
+    folder = Path(options.output_dir)
+    check_output_folder(folder)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    # The LoRA of SD-1.4 has 0.2 million values per rank; a checkpoint holds each three times, in float32.
+    needed = (options.checkpoints_total_limit + 2) * 3 * 4 * 0.2e6 * options.rank + 50e6
+    text = f"{free / 1e9:.1f} GB free on the disk of {folder}, about {needed / 1e9:.2f} needed"
+    if free < needed:
+        raise Doubt(f"{text}. Make room, or lower --checkpoints_total_limit.")
+    return text
+
+
+def check_devices(options: Any) -> str:
+    """GPUs, what they can compute in, and whether the options fit into their memory."""
+    import torch  # only here: the other checks are for machines where it may be what is wrong
+
+    if not torch.cuda.is_available():
+        raise Doubt("no GPU is visible: training runs on the CPU, which is for the demo world only.")
+    precision = options.mixed_precision
+    gpus = range(torch.cuda.device_count())
+    if precision == "bf16" and not all(torch.cuda.get_device_capability(gpu) >= (8, 0) for gpu in gpus):
+        raise UserError("--mixed_precision bf16: a visible GPU is older than Ampere; take fp16.")
+    needed = memory_needed(options, 4 if precision == "no" else 2)
+    texts = []
+    for gpu in gpus:
+        free, total = (number / 2**30 for number in torch.cuda.mem_get_info(gpu))
+        texts.append(f"{gpu}: {torch.cuda.get_device_name(gpu)}, {free:.1f} of {total:.1f} GiB free")
+        if needed is not None and free < needed:
+            raise Doubt(
+                f"{texts[-1]}; about {needed:.1f} GiB are needed. Try --gradient_checkpointing, "
+                "--train_batch_size 1, or choose GPUs by CUDA_VISIBLE_DEVICES."
+            )
+    return "; ".join(texts) + (f"; about {needed:.1f} GiB needed" if needed is not None else "")
+
+
+def memory_needed(options: Any, bytes_per_weight: int) -> float | None:
+    """GiB on a GPU for SD-1's architecture and ImageReward; None for others. Counted, see README."""
+    unet = read_config(options.pretrained_model_name_or_path, "unet")
+    if unet.get("block_out_channels") != [320, 640, 1280, 1280]:
+        return None
+    pictures = (resolution_of(options.pretrained_model_name_or_path, options.resolution) / 512) ** 2
+    half = bytes_per_weight / 4
+    weights = (860e6 + 446e6 + 84e6) * bytes_per_weight / 2**30
+    unet_graph = (0.28 if options.gradient_checkpointing else 4.2) * half * options.train_batch_size
+    decoder_graph = (0.80 if options.gradient_checkpointing else 5.6) * options.decode_batch_size
+    return weights + max(unet_graph, decoder_graph + 0.21) * pictures + 1.0  # 1 GiB for CUDA itself
+
+
+def check_port(options: Any) -> str:
+    """A port that was asked for is free."""
+    port = getattr(options, "main_process_port", 0)
+    if port == 0:
+        return "a free one is chosen"
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"--main_process_port {port} cannot be used: {error}. Take another, or 0."
+            ) from error
+    return f"{port} is free"
+
+
+CHECKS: dict[str, Callable[[Any], str]] = {
+    "versions": check_versions,
+    "devices": check_devices,
+    "port": check_port,
+    "model": check_model_files,
+    "scheduler": check_scheduler,
+    "reward": check_reward_files,
+    "prompts": check_prompts,
+    "output": check_output,
+}
+
+
+def count_weights(file: Path) -> int:
+    """Weights in a .safetensors file, by its header; raises `UserError` for one that is not whole."""
+    try:
+        with safe_open(file, framework="np") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is damaged or is not a safetensors file ({error}). Copy it again."
+        ) from error
+
+
+def check(options: Any, devices: bool) -> None:
+    """For training: raises the first `UserError`. Looking at `devices` takes memory of each GPU until the
+    process ends."""
+    for name, function in CHECKS.items():
+        if devices or name != "devices":
+            with suppress(Doubt):
+                function(options)
+
+
+def main() -> None:
+    """A table of all checks; exit code 2 if one fails."""
+    import tyro
+
+    options = tyro.cli(Options, prog="python -m refl.doctor", use_underscores=True)
+    failed = False
+    for name, function in CHECKS.items():
+        try:
+            status, found = "pass", function(options)
+        except Doubt as doubt:
+            status, found = "warn", str(doubt)
+        except UserError as error:
+            status, found, failed = "FAIL", str(error), True
+        print(f"{status}  {name:<9}  " + found.replace("\n", "\n" + " " * 17))
+    sys.exit(2 if failed else 0)
+
+
+if __name__ == "__main__":
+    run_as_command(main, "")

@@ -46,11 +46,9 @@ def _read_txt(path: Path, content: str) -> list[str]:
 def _read_json(path: Path, content: str) -> list[str]:
     try:
         entries = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        raise UserError(
-            f"{path}, line {line}: not valid JSON ({getattr(error, 'msg', 'nested too deep')})."
-        ) from error
+        raise UserError(f"{path}, line {line}: not valid JSON ({getattr(error, 'msg', error)}).") from error
     if not isinstance(entries, list):
         raise UserError(f"{path}: expected a list of prompts, found {type(entries).__name__}.")
     return [_text(entry, f"{path}, entry {number}") for number, entry in enumerate(entries, 1)]
@@ -63,8 +61,8 @@ def _read_jsonl(path: Path, content: str) -> list[str]:
             continue
         try:
             entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deep")
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
             raise UserError(f"{path}, line {number}: not valid JSON ({reason}).") from error
         prompts.append(_text(entry, f"{path}, line {number}"))
     return prompts

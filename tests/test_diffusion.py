@@ -1,6 +1,7 @@
 """DDPM against diffusers' own, and LoRA files against diffusers' own pipeline."""
 
 import json
+import shutil
 
 from refl import diffusion
 from refl.errors import UserError
@@ -11,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from random_checkpoint import SIZES, write_checkpoint
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 PROMPTS = ["a red cat", "a blue dog"]
 
@@ -184,3 +186,27 @@ def test_truncated_model_files_are_named(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded|can be loaded"):
         diffusion.load_stable_diffusion(folder, torch.float32, "cpu")
+
+
+def test_weights_load_under_the_names_they_were_published_with(tiny, tmp_path):
+    # SD-1.4's files name the VAE's attention and prefix CLIP's weights as libraries did in 2022.
+    shutil.copytree(tiny / "stable-diffusion-v1-4", tmp_path / "model")
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    file = tmp_path / "model/vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    for ours, published in names.items():
+        weights = {name.replace(ours, published): value for name, value in weights.items()}
+    assert any(".proj_attn." in name for name in weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    file = tmp_path / "model/text_encoder/model.safetensors"
+    weights = {
+        f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()
+    }
+    weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(weights, file, metadata={"format": "pt"})
+
+    then = diffusion.load_stable_diffusion(tmp_path / "model", torch.float32, "cpu")
+    now = diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float32, "cpu")
+    for part in ("vae", "text_encoder"):
+        then_weights, now_weights = (getattr(parts, part).state_dict() for parts in (then, now))
+        assert all(torch.equal(then_weights[name], value) for name, value in now_weights.items())

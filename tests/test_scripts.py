@@ -163,8 +163,8 @@ def test_a_run_repeats_from_its_options_file(training_options, tmp_path, monkeyp
     again = ["--options_file", tmp_path / "out" / "options.json", "--output_dir", tmp_path / "again"]
     run_in_process(refl_lora, monkeypatch, *again)
     assert (tmp_path / "out" / LORA).read_bytes() == (tmp_path / "again" / LORA).read_bytes()
-    run_in_process(refl_lora, monkeypatch, *again, "--seed", "4")
-    assert (tmp_path / "out" / LORA).read_bytes() != (tmp_path / "again" / LORA).read_bytes()
+    run_in_process(refl_lora, monkeypatch, *again, "--seed", "4", "--output_dir", tmp_path / "other")
+    assert (tmp_path / "out" / LORA).read_bytes() != (tmp_path / "other" / LORA).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -376,13 +376,13 @@ def test_truncated_weights_stop_the_launched_run_before_it_writes(
     training_options, tiny, tmp_path, processes
 ):
     def truncate(folder):
-        file = folder / "stable-diffusion-v1-4" / "unet" / "diffusion_pytorch_model.safetensors"
+        file = folder / "ImageReward.pt"
         file.write_bytes(file.read_bytes()[:5000])
 
     options = [*training_options, *spoilt(tiny, tmp_path, truncate)]
     run = run_script("bash", "train_refl_lora.sh", *options, NUM_PROCESSES=processes)
     assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert run.stderr.count("error: ") == 1 and "can be loaded" in run.stderr
+    assert run.stderr.count("error: ") == 1 and "ImageReward.pt is damaged" in run.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -360,8 +360,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # the unpickler, the zip reader and safetensors raise many kinds
         raise UserError(
             f"{path} is damaged or is not a file of weights ({type(error).__name__}). "

@@ -1,0 +1,130 @@
+"""The doctor's table: what passes, what is doubtful, what fails, and what to do."""
+
+import socket
+import sys
+from collections import namedtuple
+
+from refl import doctor
+from refl.errors import UserError
+
+import pytest
+import torch
+from conftest import run_script, weight_options
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def options(tiny, prompts_file, tmp_path):
+    return doctor.Options(
+        pretrained_model_name_or_path=str(tiny / "stable-diffusion-v1-4"),
+        reward_path=str(tiny),
+        prompts=str(prompts_file),
+        validation_prompts=str(prompts_file),
+        output_dir=str(tmp_path / "out"),
+    )
+
+
+def test_the_command_prints_a_table(tiny, tmp_path):
+    run = run_script(
+        sys.executable, "-m", "refl.doctor", *weight_options(tiny), f"--output_dir={tmp_path / 'out'}"
+    )
+    assert run.returncode == 0, run.stderr
+    rows = {line.split()[1]: line.split()[0] for line in run.stdout.splitlines()}
+    assert rows.keys() == doctor.CHECKS.keys()
+    assert rows.pop("devices") == "warn" and set(rows.values()) == {"pass"}
+    run = run_script(
+        sys.executable, "-m", "refl.doctor", f"--pretrained_model_name_or_path={tmp_path / 'nowhere'}"
+    )
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "FAIL  model" in run.stdout and "pass  prompts" in run.stdout  # one failure hides no other
+
+
+def test_every_check_passes(options):
+    for name, function in doctor.CHECKS.items():
+        if name != "devices":
+            assert function(options)
+
+
+def test_a_port_in_use(options):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        options.main_process_port = taken.getsockname()[1]
+        with pytest.raises(UserError, match="cannot be used: .*in use.*Take another"):
+            doctor.check_port(options)
+    assert "is free" in doctor.check_port(options)
+    options.main_process_port = 99999
+    with pytest.raises(UserError, match="--main_process_port 99999 cannot be used"):
+        doctor.check_port(options)
+
+
+def test_a_disk_nearly_full(options, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(100e9, 99.9e9, 10e6))
+    with pytest.raises(doctor.Doubt, match="0.0 GB free .* about 0.10 needed. Make room"):
+        doctor.check_output(options)
+
+
+def test_other_versions(options, monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda name: "0.0.1" if name == "peft" else doctor_version(name))
+    with pytest.raises(doctor.Doubt, match=r"not what was tested together: peft 0.0.1 \(tested: \d"):
+        doctor.check_versions(options)
+
+    def missing(name):
+        raise doctor.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "version", missing)
+    with pytest.raises(UserError, match="is not installed. Run: pip install -r"):
+        doctor.check_versions(options)
+
+
+doctor_version = doctor.version
+
+
+def fake_gpus(monkeypatch, free, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free * 2**30, 80 * 2**30))
+
+
+def test_gpus(options, monkeypatch):
+    monkeypatch.setattr(doctor, "memory_needed", lambda options, size: 20.0)
+    fake_gpus(monkeypatch, free=40, capability=(9, 0))
+    assert "1: Some GPU, 40.0 of 80.0 GiB free" in doctor.check_devices(options)
+    fake_gpus(monkeypatch, free=10, capability=(9, 0))
+    with pytest.raises(
+        doctor.Doubt, match="10.0 of 80.0 GiB free; about 20.0 GiB are needed. Try --gradient_ch"
+    ):
+        doctor.check_devices(options)
+    fake_gpus(monkeypatch, free=40, capability=(7, 5))
+    options.mixed_precision = "bf16"
+    with pytest.raises(UserError, match="a visible GPU is older than Ampere; take fp16"):
+        doctor.check_devices(options)
+
+
+def test_memory_is_estimated_for_sd_1_alone(options, monkeypatch):
+    assert doctor.memory_needed(options, 2) is None
+    monkeypatch.setattr(doctor, "read_config", lambda *_: {"block_out_channels": [320, 640, 1280, 1280]})
+    monkeypatch.setattr(doctor, "resolution_of", lambda folder, resolution: resolution or 512)
+    full, half = (doctor.memory_needed(options, size) for size in (4, 2))
+    assert 12 < full < 18 and half < full
+    options.gradient_checkpointing = True
+    assert doctor.memory_needed(options, 2) < 6
+    options.resolution = 1024
+    assert doctor.memory_needed(options, 2) > 6
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_cut_anywhere_are_named_before_they_are_loaded(options, tmp_path, tiny, part):
+    file = next((tiny / "stable-diffusion-v1-4" / part).glob("*.safetensors"))
+    content, cut = file.read_bytes(), tmp_path / "model.safetensors"
+    cut.write_bytes(content)
+    assert doctor.count_weights(cut) > 100
+    for length in [*range(0, 200), *range(200, len(content), len(content) // 50), len(content) - 1]:
+        cut.write_bytes(content[:length])
+        with pytest.raises(UserError, match="model.safetensors is damaged"):
+            doctor.count_weights(cut)
+    cut.write_bytes(content + b"more")
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        doctor.count_weights(cut)
