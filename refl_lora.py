@@ -30,6 +30,7 @@ import hashlib
 import json
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -153,8 +154,8 @@ class Options:
     checkpoints_total_limit: int = 3
     """Checkpoints kept; older ones go once a new one is whole."""
     resume_from_checkpoint: str = "latest"
-    """"latest": go on from the newest whole checkpoint in --output_dir, if there is one; "none": start anew;
-    or the folder of a checkpoint."""
+    """"latest": go on from the newest whole checkpoint in --output_dir, if there is one; "none": start anew
+    and replace what is there; or the folder of a checkpoint."""
     allow_changed_options: bool = False
     """Go on although options that the result depends on are not those of the checkpoint."""
     max_nonfinite_steps: int = 10
@@ -189,7 +190,7 @@ def _as_argument(name: str, value: str | int | float | bool | None) -> str:
 
 
 # Options that the LoRA does not depend on, or only to rounding.
-HARMLESS = """options_file check output_dir reward_path prompts train_batch_size decode_batch_size
+HARMLESS = """options_file check output_dir prompts train_batch_size decode_batch_size
     gradient_checkpointing checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     allow_changed_options max_nonfinite_steps validation_prompts validation_steps num_validation_images
     logging_dir report_to""".split()
@@ -250,7 +251,7 @@ def check_options(options: Options) -> None:
     doctor.check_weights(
         options.pretrained_model_name_or_path, options.reward_path if "imagereward" in named else None
     )
-    doctor.check(options, devices=options.check)
+    doctor.check(options, say_doubts=options.check)
 
 
 # ---------------------------------------------------------------------------------------------- one ReFL step
@@ -414,6 +415,23 @@ def make_optimizer(options: Options, lora: list[torch.nn.Parameter]) -> torch.op
     )
 
 
+def resume(
+    options: Options, accelerator: Accelerator, decides: dict
+) -> tuple[checkpoints.Progress, dict[str, bytes] | None]:
+    """`checkpoints.resume` by the first process, which tells the others, also if it raises `UserError`."""
+    found = None
+    if accelerator.is_main_process:
+        where, allow_changed = options.resume_from_checkpoint, options.allow_changed_options
+        try:
+            found = checkpoints.resume(Path(options.output_dir), where, decides, allow_changed)
+        except UserError as error:
+            found = error
+    [found] = broadcast_object_list([found])
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
 def step_numbers(
     results: list[StepResult],
     stops: list[int],
@@ -462,14 +480,26 @@ def main() -> None:
     accelerator.print(f"{world} process{'es' * (world > 1)} on {name}, frozen parts in {weight_dtype}")
     output = Path(options.output_dir)
     decides = what_decides(options, accelerator, prompts)
-    found = None
-    if accelerator.is_main_process:  # reads, and tells the others
-        found = checkpoints.resume(
-            output, options.resume_from_checkpoint, decides, options.allow_changed_options
-        )
-    [(progress, checkpoint)] = broadcast_object_list([found])
-    if progress.step >= options.max_train_steps and (output / diffusion.LORA_FILE).exists():
-        accelerator.print(f"finished before: {progress.step} steps; LoRA in {output / diffusion.LORA_FILE}")
+    progress, checkpoint = resume(options, accelerator, decides)
+    saved_options = {
+        name: value for name, value in dataclasses.asdict(options).items() if name != "options_file"
+    }
+
+    def save_lora(content: bytes) -> None:
+        try:
+            write_whole(output / diffusion.LORA_FILE, content)
+            write_whole(output / "options.json", json.dumps(saved_options, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{output} cannot be written: {error}. Make room and give the same command again."
+            ) from error
+
+    if checkpoint and progress.step >= options.max_train_steps:
+        if accelerator.is_main_process:  # it may have been ended between its last checkpoint and its LoRA
+            file = output / diffusion.LORA_FILE
+            if not file.exists() or file.read_bytes() != checkpoint[diffusion.LORA_FILE]:
+                save_lora(checkpoint[diffusion.LORA_FILE])
+            print(f"finished before: {progress.step} steps; LoRA in {file}")
         return
 
     # ---- models
@@ -497,7 +527,8 @@ def main() -> None:
     if checkpoint:
         diffusion.unpack_lora(parts.unet, checkpoint[diffusion.LORA_FILE])
         checkpoints.unpack_optimizer(optimizer, checkpoint["optimizer.safetensors"])
-        scaler.load_state_dict(progress.scaler)
+        if scaler.is_enabled() and progress.scaler:
+            scaler.load_state_dict(progress.scaler)
 
     # ---- data: which prompt each sample of the run gets is known beforehand, so only those are encoded
     batch, micro_steps = options.train_batch_size, options.gradient_accumulation_steps
@@ -527,9 +558,6 @@ def main() -> None:
     noise_shape = (parts.unet.config.in_channels, side, side)
 
     # ---- output
-    saved_options = {
-        name: value for name, value in dataclasses.asdict(options).items() if name != "options_file"
-    }
     writer = None
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -539,6 +567,16 @@ def main() -> None:
             writer = SummaryWriter(output / options.logging_dir, purge_step=purge_step)
             if not checkpoint:
                 board.write_options(writer, saved_options)
+
+    def log(write: Callable[[SummaryWriter], None]) -> None:
+        """Write to TensorBoard's files, if there are any; a full disk is no reason to stop."""
+        nonlocal writer
+        try:
+            if writer:
+                write(writer)
+        except OSError as error:
+            tqdm.write(f"WARNING: the curves end here, they cannot be written: {error}", file=sys.stderr)
+            writer = None
 
     def lora_metadata() -> dict:
         return {
@@ -553,12 +591,11 @@ def main() -> None:
             "num_inference_steps": options.num_inference_steps,
         }
 
-    def save_checkpoint() -> None:
+    def save_checkpoint() -> bool:
+        """True if it is on the disk, or another process's business."""
         if not accelerator.is_main_process:
-            return
-        if writer:
-            writer.flush()  # its points up to here are then as safe as the checkpoint
-        progress.scaler = scaler.state_dict()
+            return True
+        log(lambda writer: writer.flush())  # its points up to here are then as safe as the checkpoint
         files = {
             diffusion.LORA_FILE: diffusion.pack_lora(parts.unet, lora_metadata()),
             "optimizer.safetensors": checkpoints.pack_optimizer(optimizer),
@@ -566,13 +603,18 @@ def main() -> None:
         }
         try:
             checkpoints.write(output, progress.step, files)
-            checkpoints.prune(output, progress.step, options.checkpoints_total_limit)
         except OSError as error:
             tqdm.write(
-                f"WARNING: checkpoint-{progress.step} could not be saved: {error}. Training goes on; earlier "
-                "checkpoints are whole. Make room: the next one will be tried as usual.",
+                f"WARNING: checkpoint-{progress.step} could not be saved: {error}. Earlier checkpoints are "
+                "whole. Make room: the next one will be tried as usual.",
                 file=sys.stderr,
             )
+            return False
+        try:
+            checkpoints.prune(output, progress.step, options.checkpoints_total_limit)
+        except OSError as error:
+            tqdm.write(f"WARNING: old checkpoints could not be deleted: {error}.", file=sys.stderr)
+        return True
 
     def is_validated(step: int) -> bool:
         every = options.validation_steps
@@ -592,10 +634,11 @@ def main() -> None:
             sheet = board.grid(
                 [cells[row] for row in rows], [captions[row] for row in rows], header=f"step {step}"
             )
-            board.write_picture(writer, "validation/pictures", sheet, step)
             means = {f"validation/{name}": mean for name, mean in models.rewards.means(scores).items()}
-            board.write_scalars(writer, {"validation/reward": total.mean().item()} | means, step)
-        progress.validated_step, progress.validation = step, total.mean().item()
+            means["validation/reward"] = total.mean().item()
+            log(lambda writer: board.write_picture(writer, "validation/pictures", sheet, step))
+            log(lambda writer: board.write_scalars(writer, means, step))
+        progress.validation = total.mean().item()
         if progress.first_validation is None:
             progress.first_validation = progress.validation
 
@@ -625,19 +668,21 @@ def main() -> None:
             norms.append(torch.nn.utils.get_total_norm(result.gradients))
         return results, stops, norms, gradients
 
-    def update(results: list[StepResult], gradients: list[Tensor]) -> tuple[float, float, float]:
-        """One optimizer step, the same on every process; its loss, gradient norm, learning rate.
+    def update(results: list[StepResult], gradients: list[Tensor]) -> tuple[float, float, float, bool]:
+        """One optimizer step, the same on every process; its loss, gradient norm, learning rate, and whether
+        any process was told to stop.
 
         All processes' gradients and losses meet in one reduction. One that is not finite, on whichever
         process, is so for all after it, and all skip the step.
         """
         scale = scaler.get_scale()
         loss = torch.stack([result.loss for result in results]).sum()
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.view(1).to(gradients[0])])
-        *flat, loss = accelerator.reduce(flat / micro_steps, reduction="mean").split(
-            [*(matrix.numel() for matrix in models.lora), 1]
+        told = torch.tensor(float(signals.received is not None), device=device)
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.stack([loss, told])])
+        *flat, ends = accelerator.reduce(flat / micro_steps, reduction="mean").split(
+            [*(matrix.numel() for matrix in models.lora), 2]
         )
-        loss = loss.item()
+        loss, told = ends.tolist()
         for matrix, gradient in zip(models.lora, flat, strict=True):
             matrix.grad = (
                 gradient.view_as(matrix) if math.isfinite(loss) else torch.full_like(matrix, math.nan)
@@ -657,7 +702,9 @@ def main() -> None:
         is_overflow = scaler.is_enabled() and math.isfinite(loss) and scale > 1
         progress.nonfinite_in_a_row = 0 if is_finite or is_overflow else progress.nonfinite_in_a_row + 1
         progress.nonfinite += not (is_finite or is_overflow)
-        return loss, grad_norm, learning_rate
+        if is_finite or is_overflow:
+            progress.scaler = scaler.state_dict()
+        return loss, grad_norm, learning_rate, told > 0
 
     # ---- loop
     phase = board.Phases(device)
@@ -666,17 +713,17 @@ def main() -> None:
         disable=not accelerator.is_main_process,
     )  # fmt: skip
     started, saved_step = time.perf_counter(), progress.step
-    signals, ending = StopSignals(), None  # a Stopped or a UserError if the run ends before its last step
+    signals = StopSignals(immediate=world == 1)
+    ending = None  # a Stopped or a UserError if the run ends before its last step
     try:
-        with signals.interruptible():
-            if is_validated(progress.step) and progress.validated_step != progress.step:
-                show_validation(progress.step)
+        if is_validated(0) and not checkpoint:
+            show_validation(0)
         for step in bar:
             step_started, scale = time.perf_counter(), scaler.get_scale()
             with signals.interruptible():
                 results, stops, norms, gradients = own_gradients(step)
             with phase("optimizer"):
-                loss, grad_norm, learning_rate = update(results, gradients)
+                loss, grad_norm, learning_rate, is_told = update(results, gradients)
 
             # ---- log: one reduction and one gather for all numbers of all processes
             seconds = phase.pop() | {"total": time.perf_counter() - step_started}
@@ -708,11 +755,10 @@ def main() -> None:
             values |= {
                 f"pictures_per_second/{name}": len(total) / values[f"seconds/{name}"] for name in seconds
             }
-            if writer:
-                finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
-                board.write_scalars(writer, finite, step + 1)
-                if total.isfinite().all():
-                    writer.add_histogram("reward/histogram", total, step + 1)
+            values = {tag: value for tag, value in values.items() if math.isfinite(value)}
+            log(lambda writer: board.write_scalars(writer, values, step + 1))  # noqa: B023, called at once
+            if total.isfinite().all():
+                log(lambda writer: writer.add_histogram("reward/histogram", total, step + 1))  # noqa: B023
             bar.set_postfix(reward=f"{total.mean():+.3f}", loss=f"{loss:.2e}", lr=f"{learning_rate:.1e}")
             if progress.nonfinite_in_a_row:
                 broken = [name for name, mean in means.items() if not math.isfinite(mean)]
@@ -721,51 +767,54 @@ def main() -> None:
                 if progress.nonfinite_in_a_row >= options.max_nonfinite_steps:
                     progress.forget_nonfinite_steps()
                     ending = UserError(
-                        f"{options.max_nonfinite_steps} steps in a row had a loss or a gradient that is not "
-                        f"a finite number. The state before them, after step {progress.step}, is kept. Try a "
-                        "lower --learning_rate with --allow_changed_options, or --mixed_precision bf16 or no."
+                        f"{options.max_nonfinite_steps} steps in a row had a loss or a gradient that is "
+                        f"not finite. The state before them, after step {progress.step}, is kept. Go back "
+                        "to an earlier checkpoint by --resume_from_checkpoint, with a lower --learning_rate "
+                        "or --mixed_precision no, and --allow_changed_options."
                     )
                     break
 
-            # ---- validate, save
+            # ---- validate, then save, so that no validation is lost or doubled
             if is_validated(step + 1):
-                with signals.interruptible():
-                    show_validation(step + 1)
-            if options.checkpointing_steps and (step + 1) % options.checkpointing_steps == 0:
-                save_checkpoint()
+                show_validation(step + 1)
+            is_due = options.checkpointing_steps and (step + 1) % options.checkpointing_steps == 0
+            if (is_due or is_told) and save_checkpoint():
                 saved_step = step + 1
+            if is_told:
+                raise Stopped(signals.received or signal.SIGTERM)
     except Stopped as stopped:
         ending = stopped
     except RuntimeError as error:  # what a collective raises when another process has ended
+        if not isinstance(error, torch.distributed.DistBackendError) and "gloo/transport" not in str(error):
+            raise
         if signals.received:
             ending = Stopped(signals.received)
-        elif isinstance(error, torch.distributed.DistBackendError) or "gloo/transport" in str(error):
+        else:
             ending = UserError(
                 f"another process ended, so this one stopped after step {progress.step}. The other said why, "
                 "if it could; the same command goes on from here."
             )
-        else:
-            raise
     bar.close()
 
     # ---- save
-    if progress.step != saved_step:
-        save_checkpoint()
-    if ending and writer:
-        writer.close()
+    if progress.step != saved_step and save_checkpoint():
+        saved_step = progress.step
+    log(lambda writer: writer.close())
     if isinstance(ending, Stopped):
-        where = f"after {progress.step} steps; the same command goes on from there"
-        accelerator.print(f"stopped by {ending.name} {where}")
+        again = "the same command" + " without --resume_from_checkpoint" * (
+            options.resume_from_checkpoint != "latest"
+        )
+        accelerator.print(
+            f"stopped by {ending.name} after {progress.step} steps; {again} goes on after step {saved_step}"
+        )
         sys.exit(ending.exit_code)
     if ending:
         raise ending
     if accelerator.is_main_process:
-        path = diffusion.save_lora(parts.unet, output, lora_metadata())
-        write_whole(output / "options.json", json.dumps(saved_options, indent=2) + "\n")
-        if writer:
-            writer.close()
-        print(f"{len(remaining)} steps in {time.perf_counter() - started:.0f} s; LoRA in {path}")
-        if options.validation_steps:
+        save_lora(diffusion.pack_lora(parts.unet, lora_metadata()))
+        seconds = time.perf_counter() - started
+        print(f"{len(remaining)} steps in {seconds:.0f} s; LoRA in {output / diffusion.LORA_FILE}")
+        if progress.validation is not None:
             print(f"validation reward {progress.first_validation:+.3f} -> {progress.validation:+.3f}")
     accelerator.end_training()
 

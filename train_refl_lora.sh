@@ -42,6 +42,10 @@ for name in main_process_port num_machines machine_rank; do
     exit 2
   fi
 done
+if ((num_machines < 1 || machine_rank >= num_machines)); then
+  echo "error: --machine_rank $machine_rank of --num_machines $num_machines: machines are counted from 0" >&2
+  exit 2
+fi
 if ((num_machines > 1)) && { ((main_process_port == 0)) || [[ -z $main_process_ip ]]; }; then
   echo "error: --num_machines $num_machines needs --main_process_ip and --main_process_port, the same on all machines" >&2
   exit 2

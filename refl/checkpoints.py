@@ -22,6 +22,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 CHECKSUMS, STATE = "checksums.json", "state.json"
+SHAPES = ("rank", "use_8bit_adam")  # options without which a checkpoint's tensors do not fit
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was written."""
 
 
 def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
@@ -37,7 +42,7 @@ def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
         write_synced(partial / CHECKSUMS, json.dumps(checksums, indent=2).encode())
         sync_folder(partial)
         if target.exists():  # one that was found damaged
-            shutil.rmtree(target)
+            shutil.rmtree(target.rename(target.with_name(target.name + ".damaged.partial")))
         partial.rename(target)
         sync_folder(folder)
     except OSError:
@@ -47,25 +52,34 @@ def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint; raises `UserError` for one that is not as it was written."""
+    """The files of a checkpoint; raises `Damaged` for one that is not as it was written, `UserError` for one
+    that cannot be read."""
     try:
         checksums = json.loads((path / CHECKSUMS).read_bytes())
         files = {name: (path / name).read_bytes() for name in checksums}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a whole checkpoint ({error}).") from error
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise Damaged(f"{path} is not a whole checkpoint ({error}).") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
     for name, content in files.items():
         if hashlib.sha256(content).hexdigest() != checksums[name]:
-            raise UserError(f"{path / name} is damaged: it is not what was written.")
+            raise Damaged(f"{path / name} is damaged: it is not what was written.")
     return files
 
 
 def newest(folder: Path) -> dict[str, bytes] | None:
-    """The files of the newest whole checkpoint in `folder`; damaged ones are named and passed over."""
-    for step in sorted(steps(folder), reverse=True):
+    """The files of the newest whole checkpoint in `folder`; damaged ones are named and passed over.
+
+    None if there is no checkpoint at all; raises `UserError` if there are some and none is whole.
+    """
+    found = sorted(steps(folder), reverse=True)
+    for step in found:
         try:
             return read(folder / f"checkpoint-{step}")
-        except UserError as error:
+        except Damaged as error:
             print(f"warning: {error} Passed over.", file=sys.stderr, flush=True)
+    if found:
+        raise UserError(f"no checkpoint in {folder} is whole; --resume_from_checkpoint none starts anew.")
     return None
 
 
@@ -99,10 +113,9 @@ class Progress:
     updates: int = 0  # those that moved the LoRA; the learning rate is a function of it
     nonfinite: int = 0  # those skipped because of numbers that were not finite
     nonfinite_in_a_row: int = 0
-    validated_step: int | None = None
-    validation: float | None = None  # the mean reward then
+    validation: float | None = None  # the last mean reward
     first_validation: float | None = None
-    scaler: dict = field(default_factory=dict)  # GradScaler's state
+    scaler: dict = field(default_factory=dict)  # GradScaler's state after the last step that was not skipped
 
     def forget_nonfinite_steps(self) -> None:
         """Go back to the last step that was not skipped; nothing else has changed since."""
@@ -131,40 +144,51 @@ def resume(
         files = newest(folder) if where == "latest" else read(Path(where))
     if files is None:
         return Progress(), None
-    state = json.loads(files[STATE])
-    progress, before = Progress(**state["progress"]), state["decides"]
+    try:
+        state = json.loads(files[STATE])
+        progress, before = Progress(**state["progress"]), state["decides"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint in {folder} is of another version of this program.") from error
     changed = [
         f"  {name}: {before.get(name)} -> {decides.get(name)}"
         for name in sorted(decides.keys() | before.keys())
         if before.get(name) != decides.get(name)
     ]
-    if changed and not allow_changed:
+    is_other_lora = any(before.get(name) != decides.get(name) for name in SHAPES)
+    if changed and (is_other_lora or not allow_changed):
+        go_on = "" if is_other_lora else ", or go on all the same with --allow_changed_options"
         raise UserError(
             f"{folder} holds a run of {progress.step} steps with other options:\n"
             + "\n".join(changed)
-            + "\nTake another --output_dir, start anew with --resume_from_checkpoint none, or go on all the "
-            "same with --allow_changed_options."
+            + "\nTake another --output_dir, replace that run with --resume_from_checkpoint none"
+            + f"{go_on}."
         )
     print(f"going on after step {progress.step}", flush=True)
     return progress, files
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> bytes:
-    """The optimizer's tensors as a safetensors file; its options are not in it."""
-    state = optimizer.state_dict()["state"]
+    """The optimizer's state as a safetensors file; its options are not in it."""
     return save(
         {
             f"{index}.{name}": torch.as_tensor(value).detach().cpu().clone().contiguous()
-            for index, values in state.items()
-            for name, value in values.items()
+            for index, matrix in enumerate(_matrices(optimizer))
+            for name, value in optimizer.state[matrix].items()
         }
     )
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, content: bytes) -> None:
-    """Put the tensors of `pack_optimizer` back; the optimizer keeps its options."""
-    state: dict[int, dict[str, Tensor]] = {}
+    """Put the state of `pack_optimizer` back; the optimizer keeps its options."""
+    matrices = _matrices(optimizer)
     for key, value in load(content).items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        matrix = matrices[int(index)]
+        if value.ndim == 0:  # the count of steps: torch's a float tensor on the CPU, bitsandbytes' an int
+            optimizer.state[matrix][name] = value if value.is_floating_point() else int(value)
+        else:
+            optimizer.state[matrix][name] = value.to(matrix.device)
+
+
+def _matrices(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [matrix for group in optimizer.param_groups for matrix in group["params"]]

@@ -219,9 +219,12 @@ def pack_lora(unet: UNet2DConditionModel, metadata: dict) -> bytes:
 
 @torch.no_grad()
 def unpack_lora(unet: UNet2DConditionModel, content: bytes) -> None:
-    """Put the values of `pack_lora` into the LoRA that `unet` already carries."""
-    saved = load(content)
-    for key, value in _lora_weights(unet).items():
+    """Put the values of `pack_lora` into the LoRA that `unet` already carries; raises `UserError` if they do
+    not fit."""
+    saved, weights = load(content), _lora_weights(unet)
+    if {key: value.shape for key, value in saved.items()} != {key: w.shape for key, w in weights.items()}:
+        raise UserError("the checkpoint's LoRA was made for another model; take another --output_dir.")
+    for key, value in weights.items():
         value.copy_(saved[key])
 
 

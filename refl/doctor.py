@@ -16,7 +16,6 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +26,15 @@ from refl.prompts import read_prompts
 
 from safetensors import SafetensorError, safe_open
 
+_UNET = tuple(
+    f"diffusion_pytorch_model{ending}" for ending in (".safetensors", ".bin", ".safetensors.index.json")
+)
+_CLIP = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
+WEIGHT_FILES = {
+    "unet": _UNET,
+    "vae": _UNET,
+    "text_encoder": _CLIP,
+}  # the files that are loaded, not their variants
 MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
 
@@ -75,9 +83,9 @@ def check_model(folder: str | Path, num_inference_steps: int) -> None:
     """`folder` holds a text-to-image model in diffusers' layout that can denoise in so many steps."""
     folder = Path(folder)
     unet, vae, text_encoder = (read_config(folder, part) for part in ("unet", "vae", "text_encoder"))
-    for part in ("unet", "vae", "text_encoder"):
-        if not any(file.suffix in (".safetensors", ".bin") for file in (folder / part).iterdir()):
-            raise UserError(f"{folder / part} holds no weights (.safetensors or .bin).")
+    for part, names in WEIGHT_FILES.items():
+        if not any((folder / part / name).exists() for name in names):
+            raise UserError(f"{folder / part} holds no weights: {names[0]}, or {names[1]}.")
     channels = (unet.get("in_channels", 4), vae.get("latent_channels", 4))
     widths = (unet.get("cross_attention_dim"), text_encoder.get("hidden_size"))
     if channels[0] != channels[1] or widths[0] != widths[1]:
@@ -190,9 +198,8 @@ def check_model_files(options: Any) -> str:
     folder = options.pretrained_model_name_or_path
     check_weights(folder, None)
     check_model(folder, options.num_inference_steps)
-    num_weights = sum(
-        count_weights(file) for part in MODEL_PARTS for file in (Path(folder) / part).glob("*.safetensors")
-    )
+    files = [Path(folder) / part / names[0] for part, names in WEIGHT_FILES.items()]
+    num_weights = sum(count_weights(file) for file in files if file.exists())
     size = resolution_of(folder, options.resolution)
     return f"{folder}: {num_weights / 1e6:,.1f} million weights, {size}x{size}"
 
@@ -233,26 +240,40 @@ def check_output(options: Any) -> str:
 
 
 def check_devices(options: Any) -> str:
-    """GPUs, what they can compute in, and whether the options fit into their memory."""
+    """GPUs, and what they can compute in."""
     import torch  # only here: the other checks are for machines where it may be what is wrong
 
     if not torch.cuda.is_available():
         raise Doubt("no GPU is visible: training runs on the CPU, which is for the demo world only.")
-    precision = options.mixed_precision
     gpus = range(torch.cuda.device_count())
-    if precision == "bf16" and not all(torch.cuda.get_device_capability(gpu) >= (8, 0) for gpu in gpus):
+    is_new = all(torch.cuda.get_device_capability(gpu) >= (8, 0) for gpu in gpus)
+    if options.mixed_precision == "bf16" and not is_new:
         raise UserError("--mixed_precision bf16: a visible GPU is older than Ampere; take fp16.")
-    needed = memory_needed(options, 4 if precision == "no" else 2)
-    texts = []
-    for gpu in gpus:
-        free, total = (number / 2**30 for number in torch.cuda.mem_get_info(gpu))
-        texts.append(f"{gpu}: {torch.cuda.get_device_name(gpu)}, {free:.1f} of {total:.1f} GiB free")
-        if needed is not None and free < needed:
+    return "; ".join(f"{gpu}: {torch.cuda.get_device_name(gpu)}" for gpu in gpus)
+
+
+def check_memory(options: Any) -> str:
+    """The GPUs' free memory, and whether the options fit into it. Takes some of it until the process ends."""
+    import torch
+
+    needed = memory_needed(options, 4 if options.mixed_precision == "no" else 2)
+    if needed is None:
+        return "no estimate for this model: it is not of SD-1's size"
+    texts = [f"about {needed:.1f} GiB needed"]
+    for gpu in range(torch.cuda.device_count()):
+        try:
+            free, total = (number / 2**30 for number in torch.cuda.mem_get_info(gpu))
+        except RuntimeError as error:
             raise Doubt(
-                f"{texts[-1]}; about {needed:.1f} GiB are needed. Try --gradient_checkpointing, "
-                "--train_batch_size 1, or choose GPUs by CUDA_VISIBLE_DEVICES."
+                f"GPU {gpu} cannot be used: {error}. Choose others by CUDA_VISIBLE_DEVICES."
+            ) from error
+        texts.append(f"GPU {gpu}: {free:.1f} of {total:.1f} GiB free")
+        if free < needed:
+            raise Doubt(
+                f"{'; '.join(texts)}. Try --gradient_checkpointing, --train_batch_size 1, or choose GPUs by "
+                "CUDA_VISIBLE_DEVICES."
             )
-    return "; ".join(texts) + (f"; about {needed:.1f} GiB needed" if needed is not None else "")
+    return "; ".join(texts)
 
 
 def memory_needed(options: Any, bytes_per_weight: int) -> float | None:
@@ -286,6 +307,7 @@ def check_port(options: Any) -> str:
 CHECKS: dict[str, Callable[[Any], str]] = {
     "versions": check_versions,
     "devices": check_devices,
+    "memory": check_memory,
     "port": check_port,
     "model": check_model_files,
     "scheduler": check_scheduler,
@@ -306,13 +328,16 @@ def count_weights(file: Path) -> int:
         ) from error
 
 
-def check(options: Any, devices: bool) -> None:
-    """For training: raises the first `UserError`. Looking at `devices` takes memory of each GPU until the
-    process ends."""
+def check(options: Any, say_doubts: bool) -> None:
+    """For training: raises the first `UserError`. Memory is left out: looking takes some of each GPU's."""
     for name, function in CHECKS.items():
-        if devices or name != "devices":
-            with suppress(Doubt):
-                function(options)
+        if name == "memory":
+            continue
+        try:
+            function(options)
+        except Doubt as doubt:
+            if say_doubts and name != "devices":  # training itself says what it runs on
+                print(f"warning: {doubt}", file=sys.stderr)
 
 
 def main() -> None:

@@ -18,9 +18,13 @@ class Stopped(BaseException):
 
 class StopSignals:
     """From when it is made, the signals raise `Stopped`, but only inside `interruptible`, where nothing that
-    must be whole is half done; elsewhere they wait for the next such place."""
+    must be whole is half done; elsewhere they wait for the next such place.
 
-    def __init__(self):
+    Not `immediate`, they only set `received`: of several processes, none may leave the others waiting for it.
+    """
+
+    def __init__(self, immediate: bool):
+        self.immediate = immediate
         self.received = None
         self.is_interruptible = False
         for number in SIGNALS:
@@ -34,9 +38,9 @@ class StopSignals:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """A block that may be left at any point."""
-        self.is_interruptible = True
+        self.is_interruptible = self.immediate
         try:
-            if self.received:
+            if self.received and self.immediate:
                 raise Stopped(self.received)
             yield
         finally:

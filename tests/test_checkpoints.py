@@ -41,7 +41,23 @@ def test_none_is_none(tmp_path):
     assert checkpoints.newest(tmp_path) is None and checkpoints.newest(tmp_path / "nowhere") is None
     (tmp_path / "checkpoint-5.partial").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
+    (tmp_path / "other").mkdir()
     assert checkpoints.newest(tmp_path) is None and checkpoints.steps(tmp_path) == []
+
+
+def test_what_is_there_but_cannot_be_read_is_no_reason_to_start_anew(tmp_path, monkeypatch):
+    path = checkpoints.write(tmp_path, 7, FILES)
+    (path / "a.bin").unlink()
+    with pytest.raises(UserError, match="no checkpoint in .* is whole; --resume_from_checkpoint none"):
+        checkpoints.newest(tmp_path)
+
+    def broken(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(type(path), "read_bytes", broken)
+    checkpoints.write(tmp_path, 9, FILES)
+    with pytest.raises(UserError, match="checkpoint-9 cannot be read: .*Input/output error"):
+        checkpoints.newest(tmp_path)
 
 
 def test_a_damaged_one_in_the_way_is_replaced(tmp_path):

@@ -1,5 +1,6 @@
 """The doctor's table: what passes, what is doubtful, what fails, and what to do."""
 
+import shutil
 import socket
 import sys
 from collections import namedtuple
@@ -91,16 +92,27 @@ def fake_gpus(monkeypatch, free, capability):
 def test_gpus(options, monkeypatch):
     monkeypatch.setattr(doctor, "memory_needed", lambda options, size: 20.0)
     fake_gpus(monkeypatch, free=40, capability=(9, 0))
-    assert "1: Some GPU, 40.0 of 80.0 GiB free" in doctor.check_devices(options)
-    fake_gpus(monkeypatch, free=10, capability=(9, 0))
+    assert "1: Some GPU" in doctor.check_devices(options)
+    assert "GPU 1: 40.0 of 80.0 GiB free" in doctor.check_memory(options)
+    fake_gpus(monkeypatch, free=10, capability=(7, 5))
     with pytest.raises(
-        doctor.Doubt, match="10.0 of 80.0 GiB free; about 20.0 GiB are needed. Try --gradient_ch"
+        doctor.Doubt, match="20.0 GiB needed; GPU 0: 10.0 of 80.0 GiB free. Try --gradient_ch"
     ):
-        doctor.check_devices(options)
-    fake_gpus(monkeypatch, free=40, capability=(7, 5))
+        doctor.check_memory(options)
     options.mixed_precision = "bf16"
     with pytest.raises(UserError, match="a visible GPU is older than Ampere; take fp16"):
         doctor.check_devices(options)
+
+
+def test_variants_that_are_not_loaded_do_not_matter(options, tiny, tmp_path):
+    shutil.copytree(tiny / "stable-diffusion-v1-4", tmp_path / "model")
+    options.pretrained_model_name_or_path = str(tmp_path / "model")
+    expected = doctor.check_model_files(options).partition(": ")[2]
+    (tmp_path / "model/unet/diffusion_pytorch_model.fp16.safetensors").write_text("version https://git-lfs")
+    assert doctor.check_model_files(options).partition(": ")[2] == expected
+    (tmp_path / "model/unet/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="unet holds no weights: diffusion_pytorch_model.safetensors, or"):
+        doctor.check_model_files(options)
 
 
 def test_memory_is_estimated_for_sd_1_alone(options, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from conftest import weight_options
 from safetensors.torch import load
 from test_scripts import LORA, events, run_in_process
+from torch.utils.tensorboard import SummaryWriter
 
 SCHEDULE = "--max_train_steps 6 --lr_scheduler cosine --lr_warmup_steps 2 --learning_rate 1e-2".split()
 
@@ -92,8 +93,8 @@ KILLS = {
     "before old ones are deleted": (checkpoints, "prune", 2),
     "while old ones are deleted": (checkpoints.shutil, "rmtree", 4),
     "before the last checkpoint": (checkpoints, "write", 3),
-    "before the LoRA is written": (diffusion, "save_lora", 1),
-    "before the options are written": (refl_lora, "write_whole", 1),
+    "before the LoRA is written": (refl_lora, "write_whole", 1),
+    "before the options are written": (refl_lora, "write_whole", 2),
 }
 
 
@@ -150,7 +151,10 @@ def test_a_signal_saves_and_stops(options, straight, tmp_path, monkeypatch, caps
             train(context, tmp_path, *options, every)
     assert stopped.value.code == 128 + number
     steps = [4] if steps == [2, 6] else steps
-    assert f"stopped by {number.name} after {steps[0]} steps" in capsys.readouterr().out
+    assert (
+        f"stopped by {number.name} after {steps[0]} steps; the same command goes on after step"
+        in capsys.readouterr().out
+    )
     assert checkpoints.steps(tmp_path) == steps
     train(monkeypatch, tmp_path, *options)
     assert_same_run(tmp_path, straight)
@@ -238,8 +242,13 @@ def test_a_full_disk_does_not_stop_training(options, straight, tmp_path, monkeyp
 
     with monkeypatch.context() as context:
         break_at(context, checkpoints, "write_synced", 6, full)  # in the second checkpoint
-        train(context, tmp_path, *options)
+        break_at(context, SummaryWriter, "add_scalar", 30, full)
+        break_at(context, refl_lora, "write_whole", 1, full)
+        with pytest.raises(UserError, match="cannot be written: .*No space left.* the same command again"):
+            train(context, tmp_path, *options)
+    train(monkeypatch, tmp_path, *options)
     message = capsys.readouterr().err
+    assert message.count("WARNING: the curves end here") == 1
     assert "WARNING: checkpoint-4 could not be saved" in message and "No space left" in message
     assert sorted(checkpoints.steps(tmp_path)) == [2, 6]
     assert (tmp_path / LORA).read_bytes() == (straight / LORA).read_bytes()
