@@ -24,7 +24,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 SCORE_TOLERANCE = 1e-5  # of scores whose spread is about 0.5; the original differs from itself by 2e-6
 GRADIENT_TOLERANCE = 1e-4  # relative
-REPEATS = 4
+REPEATS = 2
 COSTS = ("load, s", "load and first scores, s", "forward, s", "forward and backward, s", "peak memory, GiB")
 
 PROMPTS = {
