@@ -1,5 +1,6 @@
 """A run that is stopped, in whatever way and wherever, and started again is the run that was not stopped."""
 
+import json
 import os
 import shutil
 import signal
@@ -252,3 +253,21 @@ def test_a_full_disk_does_not_stop_training(options, straight, tmp_path, monkeyp
     assert "WARNING: checkpoint-4 could not be saved" in message and "No space left" in message
     assert sorted(checkpoints.steps(tmp_path)) == [2, 6]
     assert (tmp_path / LORA).read_bytes() == (straight / LORA).read_bytes()
+
+
+def test_fp16_goes_on_with_its_scale(options, tmp_path, monkeypatch):
+    # A scale that overflows at first is float16's business: those steps move nothing and are not counted.
+    half = [*options, "--mixed_precision=fp16", "--grad_scale=100"]
+    train(monkeypatch, tmp_path / "straight", *half)
+    with monkeypatch.context() as context:
+        break_at(context, *KILLS["before the last checkpoint"])
+        with pytest.raises(Killed):
+            train(context, tmp_path / "run", *half)
+    assert checkpoints.steps(tmp_path / "run") and train(monkeypatch, tmp_path / "run", *half)
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    states = [
+        json.loads((tmp_path / run / "checkpoint-6/state.json").read_text()) for run in ("run", "straight")
+    ]
+    progress = states[0]["progress"]
+    assert progress == states[1]["progress"] and progress["nonfinite"] == 0
+    assert progress["updates"] < 6 and progress["scaler"]["scale"] < 65536
