@@ -21,6 +21,8 @@ Departures from the published code, each for a reason:
   that none waits for another's longer rollout; noise never is.
 - x0 is computed, not sampled; the reward and its normalisation stay in float32; its resize is antialiased.
 - Prompts are encoded once, before training.
+- Nothing random has a state and the learning rate is a function of the updates made, so that a run that is
+  resumed, by the same command, is the run that was not stopped.
 
 Start it with train_refl_lora.sh. `refl_lora.py --help` explains every option.
 """
@@ -29,7 +31,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import resource
 import signal
 import sys
 import time
@@ -40,7 +41,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from refl import board, checkpoints, diffusion, doctor, randomness, rewards
+from refl import board, checkpoints, devices, diffusion, doctor, randomness, rewards
 from refl.errors import UserError, run_as_command
 from refl.files import write_whole
 from refl.prompts import prompt_index, read_prompts
@@ -448,15 +449,8 @@ def step_numbers(
     }
     numbers["pictures/saturated"] = torch.stack([result.saturated for result in results]).mean()
     numbers |= {f"seconds/{name}": torch.tensor(value) for name, value in seconds.items()}
-    numbers["memory/peak_gib"] = torch.tensor(peak_memory(device))
+    numbers["memory/peak_gib"] = torch.tensor(devices.peak_memory(device))
     return numbers
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory held so far, GiB: the GPU's by torch's allocator, or the process's own."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def main() -> None:
@@ -626,13 +620,9 @@ def main() -> None:
         )  # fmt: skip
         total = models.rewards.total(scores)  # (N,)
         if writer:
-            captions = [
-                f"{reward:+.2f}  {prompt}" for reward, prompt in zip(total, validation_prompts, strict=True)
-            ]
-            cells = [board.to_pil(picture / 255) for picture in pictures]
-            rows = [slice(start, start + 4) for start in range(0, len(cells), 4)]
-            sheet = board.grid(
-                [cells[row] for row in rows], [captions[row] for row in rows], header=f"step {step}"
+            captions = [f"{own:+.2f}  {p}" for own, p in zip(total, validation_prompts, strict=True)]
+            sheet = board.sheet(
+                [board.to_pil(picture / 255) for picture in pictures], captions, f"step {step}"
             )
             means = {f"validation/{name}": mean for name, mean in models.rewards.means(scores).items()}
             means["validation/reward"] = total.mean().item()

@@ -80,6 +80,14 @@ def grid(
     return sheet
 
 
+def sheet(
+    pictures: Sequence[Image.Image], captions: Sequence[str], header: str, per_row: int = 4
+) -> Image.Image:
+    """A `grid` of one sequence of pictures, `per_row` in each row."""
+    rows = [slice(start, start + per_row) for start in range(0, len(pictures), per_row)]
+    return grid([pictures[row] for row in rows], [captions[row] for row in rows], header=header)
+
+
 def to_tensor(picture: Image.Image) -> Tensor:
     """An RGB picture as (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255

@@ -1,4 +1,7 @@
-"""The device that a person asks for."""
+"""The device that a person asks for, and the memory that it took."""
+
+import resource
+import sys
 
 from refl.errors import UserError
 
@@ -19,3 +22,10 @@ def find(name: str | None) -> torch.device:
             f"--device {name}: not a device that can be used on this machine ({reason})."
         ) from error
     return device
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory held so far, GiB: the GPU's by torch's allocator, or the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
