@@ -495,6 +495,8 @@ def main() -> None:
                 save_lora(checkpoint[diffusion.LORA_FILE])
             print(f"finished before: {progress.step} steps; LoRA in {file}")
         return
+    if checkpoint:
+        accelerator.print(f"going on after step {progress.step}")
 
     # ---- models
     parts = diffusion.load_stable_diffusion(options.pretrained_model_name_or_path, weight_dtype, device)

@@ -156,14 +156,14 @@ def resume(
     ]
     is_other_lora = any(before.get(name) != decides.get(name) for name in SHAPES)
     if changed and (is_other_lora or not allow_changed):
-        go_on = "" if is_other_lora else ", or go on all the same with --allow_changed_options"
+        ways = ["Take another --output_dir", "replace that run with --resume_from_checkpoint none"]
+        if not is_other_lora:
+            ways.append("go on all the same with --allow_changed_options")
         raise UserError(
             f"{folder} holds a run of {progress.step} steps with other options:\n"
             + "\n".join(changed)
-            + "\nTake another --output_dir, replace that run with --resume_from_checkpoint none"
-            + f"{go_on}."
+            + f"\n{', '.join(ways[:-1])}, or {ways[-1]}."
         )
-    print(f"going on after step {progress.step}", flush=True)
     return progress, files
 
 
