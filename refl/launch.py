@@ -3,9 +3,13 @@
 python -m refl.launch --multi_gpu --num_processes 2 refl_lora.py ...
 """
 
-import logging
+import os
 import signal
 import sys
+
+os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the launcher's own; what matters is said by the processes
+# Seconds that processes get, once told to stop, to finish their step and save it. It is less if one has failed.
+os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
 
 from accelerate.commands import launch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -14,7 +18,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 def main() -> None:
     """Launch; what went wrong was said by the process in which it did, unless that was killed."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # The launcher passes SIGTERM and SIGINT on to its processes; SLURM's warning before its time limit too.
     signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
