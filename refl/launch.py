@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 
-os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the launcher's own; what matters is said by the processes
-# Seconds that processes get, once told to stop, to finish their step and save it. It is less if one has failed.
+os.environ.setdefault("LOGLEVEL", "CRITICAL")  # what matters is said by the processes
+# Seconds that processes get, once told to stop, to finish their step and save it.
 os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
 
 from accelerate.commands import launch
