@@ -248,11 +248,7 @@ def check_options(options: Options) -> None:
         for name in names.split():
             if not is_right(getattr(options, name)):
                 raise UserError(f"--{name} {getattr(options, name)}: must {demand}.")
-    named = rewards.parse(options.reward)
-    doctor.check_weights(
-        options.pretrained_model_name_or_path, options.reward_path if "imagereward" in named else None
-    )
-    doctor.check(options, say_doubts=options.check)
+    doctor.check(options, is_training=not options.check)
 
 
 # ---------------------------------------------------------------------------------------------- one ReFL step

@@ -149,19 +149,20 @@ def resume(
         progress, before = Progress(**state["progress"]), state["decides"]
     except (KeyError, TypeError) as error:
         raise UserError(f"the checkpoint in {folder} is of another version of this program.") from error
-    changed = [
-        f"  {name}: {before.get(name)} -> {decides.get(name)}"
-        for name in sorted(decides.keys() | before.keys())
+    names = sorted(decides.keys() | before.keys())
+    changed = {
+        name: f"  {name}: {before.get(name)} -> {decides.get(name)}"
+        for name in names
         if before.get(name) != decides.get(name)
-    ]
-    is_other_lora = any(before.get(name) != decides.get(name) for name in SHAPES)
+    }
+    is_other_lora = not changed.keys().isdisjoint(SHAPES)
     if changed and (is_other_lora or not allow_changed):
         ways = ["Take another --output_dir", "replace that run with --resume_from_checkpoint none"]
         if not is_other_lora:
             ways.append("go on all the same with --allow_changed_options")
         raise UserError(
             f"{folder} holds a run of {progress.step} steps with other options:\n"
-            + "\n".join(changed)
+            + "\n".join(changed.values())
             + f"\n{', '.join(ways[:-1])}, or {ways[-1]}."
         )
     return progress, files

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refl.errors import UserError
-from refl.files import write_whole
 
 import torch
 from diffusers import (
@@ -76,9 +75,7 @@ def load_stable_diffusion(
         )
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # three libraries read other people's files here; tokenizers raises Exception itself
+    except Exception as error:  # of three libraries; tokenizers raises Exception itself
         raise _not_loadable(folder, error) from error
     if (
         len(parts.tokenizer) != parts.text_encoder.config.vocab_size
@@ -189,13 +186,6 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, seed: int) -> 
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def save_lora(unet: UNet2DConditionModel, folder: str | Path, metadata: dict) -> Path:
-    """Write the LoRA to `folder`/pytorch_lora_weights.safetensors: whole, or not at all."""
-    path = Path(folder) / LORA_FILE
-    write_whole(path, pack_lora(unet, metadata))
-    return path
-
-
 def pack_lora(unet: UNet2DConditionModel, metadata: dict) -> bytes:
     """The LoRA as a safetensors file in diffusers' format; the same LoRA is the same bytes.
 
@@ -245,7 +235,7 @@ def lora_file(path: str | Path) -> Path:
 
 
 def read_metadata(path: str | Path) -> dict:
-    """What `save_lora` wrote about a LoRA; {} for one from elsewhere."""
+    """What `pack_lora` wrote about a LoRA; {} for one from elsewhere."""
     file = lora_file(path)
     try:
         with safe_open(file, framework="pt") as tensors:

@@ -30,11 +30,8 @@ _UNET = tuple(
     f"diffusion_pytorch_model{ending}" for ending in (".safetensors", ".bin", ".safetensors.index.json")
 )
 _CLIP = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
-WEIGHT_FILES = {
-    "unet": _UNET,
-    "vae": _UNET,
-    "text_encoder": _CLIP,
-}  # the files that are loaded, not their variants
+# The files that are loaded, not their variants.
+WEIGHT_FILES = {"unet": _UNET, "vae": _UNET, "text_encoder": _CLIP}
 MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
 
@@ -132,8 +129,8 @@ def resolution_of(folder: str | Path, resolution: int | None) -> int:
     return resolution
 
 
-def check_output_folder(folder: str | Path) -> None:
-    """`folder` exists or can be made, and a file can be written in it."""
+def check_output_folder(folder: str | Path) -> Path:
+    """`folder` exists or can be made, and a file can be written in it; returns what there is of it."""
     folder = Path(folder)
     if "\0" in str(folder):
         raise UserError(f"{str(folder)!r} cannot be used for output: a name has no null in it.")
@@ -145,6 +142,7 @@ def check_output_folder(folder: str | Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror} ({existing}).") from error
+    return existing
 
 
 # -------------------------------------------------------------------------------------------- checks of a run
@@ -193,10 +191,20 @@ def check_versions(options: Any) -> str:
     return f"Python {sys.version.split()[0]}, {len(pins)} packages as tested"
 
 
+def check_files(options: Any) -> str:
+    """The rewards exist, and so do the files of the model and, if it is asked for, of ImageReward."""
+    from refl import rewards  # only here: its libraries may be what is wrong
+
+    named = rewards.parse(options.reward)
+    check_weights(
+        options.pretrained_model_name_or_path, options.reward_path if "imagereward" in named else None
+    )
+    return f"those of {options.pretrained_model_name_or_path} and of {', '.join(named)}"
+
+
 def check_model_files(options: Any) -> str:
-    """The text-to-image model is there, of the right architecture, its files as long as they should be."""
+    """The text-to-image model is of the right architecture, its files as long as they should be."""
     folder = options.pretrained_model_name_or_path
-    check_weights(folder, None)
     check_model(folder, options.num_inference_steps)
     files = [Path(folder) / part / names[0] for part, names in WEIGHT_FILES.items()]
     num_weights = sum(count_weights(file) for file in files if file.exists())
@@ -211,14 +219,6 @@ def check_scheduler(options: Any) -> str:
     return f"clip_sample in the file: {clip_sample}; False is used"
 
 
-def check_reward_files(options: Any) -> str:
-    """ImageReward's files are there, if it is asked for."""
-    if not re.search(r"(^|,)\s*imagereward\b", options.reward):
-        return f"{options.reward}: no files of ours"
-    check_reward(options.reward_path)
-    return f"{options.reward_path}: ImageReward, med_config.json, bert-base-uncased"
-
-
 def check_prompts(options: Any) -> str:
     """Both prompt files can be read."""
     counts = [len(read_prompts(path)) for path in (options.prompts, options.validation_prompts)]
@@ -228,9 +228,7 @@ def check_prompts(options: Any) -> str:
 def check_output(options: Any) -> str:
     """The output folder can be written, and its disk takes the checkpoints."""
     folder = Path(options.output_dir)
-    check_output_folder(folder)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(check_output_folder(folder)).free
     # The LoRA of SD-1.4 has 0.2 million values per rank; a checkpoint holds each three times, in float32.
     needed = (options.checkpoints_total_limit + 2) * 3 * 4 * 0.2e6 * options.rank + 50e6
     text = f"{free / 1e9:.1f} GB free on the disk of {folder}, about {needed / 1e9:.2f} needed"
@@ -309,9 +307,9 @@ CHECKS: dict[str, Callable[[Any], str]] = {
     "devices": check_devices,
     "memory": check_memory,
     "port": check_port,
+    "files": check_files,
     "model": check_model_files,
     "scheduler": check_scheduler,
-    "reward": check_reward_files,
     "prompts": check_prompts,
     "output": check_output,
 }
@@ -328,15 +326,19 @@ def count_weights(file: Path) -> int:
         ) from error
 
 
-def check(options: Any, say_doubts: bool) -> None:
-    """For training: raises the first `UserError`. Memory is left out: looking takes some of each GPU's."""
+def check(options: Any, is_training: bool) -> None:
+    """What `refl_lora.py` asks for; raises the first `UserError`.
+
+    Prompts are left to it, which reads them anyway. Processes that are about to train do not look at the
+    GPUs, and nothing here looks at their memory, because looking takes some of it.
+    """
     for name, function in CHECKS.items():
-        if name == "memory":
+        if name in ("prompts", "memory") or (name == "devices" and is_training):
             continue
         try:
             function(options)
         except Doubt as doubt:
-            if say_doubts and name != "devices":  # training itself says what it runs on
+            if not is_training and name != "devices":  # training says what it runs on
                 print(f"warning: {doubt}", file=sys.stderr)
 
 
@@ -344,7 +346,11 @@ def main() -> None:
     """A table of all checks; exit code 2 if one fails."""
     import tyro
 
-    options = tyro.cli(Options, prog="python -m refl.doctor", use_underscores=True)
+    options, others = tyro.cli(
+        Options, prog="python -m refl.doctor", use_underscores=True, return_unknown_args=True
+    )
+    if others:
+        print(f"not looked at: {' '.join(others)}")
     failed = False
     for name, function in CHECKS.items():
         try:

@@ -28,10 +28,15 @@ def run_as_command(main: Callable[[], None], out_of_memory: str) -> None:
         _exit(f"error: the GPU's memory does not suffice ({reason}). {out_of_memory}", 2)
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of the processes on its machine: the one that says what they all could."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _exit(message: str, code: int) -> None:
     # Of several processes with the same mistake the first one speaks, and the launcher then ends the others.
     # One that is alone with its mistake is heard a little later.
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not is_first_process():
         time.sleep(5)
     print(message, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from refl import imagereward
-from refl.errors import UserError
+from refl.errors import UserError, is_first_process
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class WeightedRewards:
             raise UserError(
                 f"the reward {name} has a gradient that is not finite, for scores {scores.tolist()}."
             )
-        if not gradient.any() and os.environ.get("LOCAL_RANK", "0") == "0":
+        if not gradient.any() and is_first_process():
             logging.getLogger(__name__).warning(
                 f"the reward {name} has a gradient of zero for the first pictures; if that goes on, it "
                 "teaches nothing (round() and argmax() have no gradient)"

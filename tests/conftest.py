@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
 from refl import diffusion, imagereward  # noqa: E402
+from refl.files import write_whole  # noqa: E402
 
 from random_checkpoint import write_checkpoint  # noqa: E402
 
@@ -44,6 +45,13 @@ def reward(tiny) -> imagereward.ImageReward:
 def prompts_file(tmp_path) -> Path:
     path = tmp_path / "prompts.txt"
     path.write_text("a red cat\na blue dog\nthree green apples\na hill at night\n")
+    return path
+
+
+def save_lora(unet, folder: Path, metadata: dict) -> Path:
+    """The LoRA of `unet` where training puts it in `folder`."""
+    path = folder / diffusion.LORA_FILE
+    write_whole(path, diffusion.pack_lora(unet, metadata))
     return path
 
 

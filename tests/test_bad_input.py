@@ -1,7 +1,6 @@
 """Files of other people, damaged ones, anything at all: one message that says what is wrong, no traceback."""
 
 import json
-import os
 import shutil
 
 import refl_lora
@@ -14,7 +13,8 @@ from conftest import weight_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_scripts import run_in_process
+from test_prompts import MISTAKES as PROMPT_FILES
+from test_scripts import MISTAKES, run_in_process
 
 MODEL, UNET = "stable-diffusion-v1-4", "stable-diffusion-v1-4/unet/diffusion_pytorch_model.safetensors"
 
@@ -155,38 +155,6 @@ def test_files_of_a_checkpoint(tiny, training_options, tmp_path, monkeypatch, na
     assert not (tmp_path / "out" / diffusion.LORA_FILE).exists()
 
 
-# Prompt files: what is in them, and what must be said.
-PROMPT_FILES = {
-    "empty.txt": (b"", "no prompt in this file"),
-    "blank.txt": (b"\n \n\t\n", "no prompt in this file"),
-    "latin.txt": ("caf\u00e9".encode("latin-1"), "line 1: not UTF-8"),
-    "utf16.txt": ("a red fox".encode("utf-16"), "not UTF-8"),
-    "picture.png": (b"\x89PNG", "prompts are read from"),
-    "no_suffix": (b"a red fox", "prompts are read from"),
-    "cut.json": (b'["a red fox", "a bl', "cut.json"),
-    "number.json": (b"[1, 2]", "number.json"),
-    "object.json": (b'{"a": 1}', "object.json"),
-    "keys.json": (b'[{"picture": "a.png"}]', "keys.json"),
-    "deep.json": (b"[" * 100_000, "deep.json"),
-    "huge_number.json": (b"[" + b"9" * 5000 + b"]", "huge_number.json"),
-    "cut.jsonl": (b'"a red fox"\n{"text": ', "cut.jsonl"),
-    "columns.csv": (b"a,b\n1,2\n", "columns.csv"),
-    "quote.csv": (b'text\n"never closed', None),
-    "nul.csv": (b"text\na\x00b\n", None),
-}
-
-
-@pytest.mark.parametrize("name", PROMPT_FILES)
-def test_prompt_files(tmp_path, name):
-    content, message = PROMPT_FILES[name]
-    (tmp_path / name).write_bytes(content)
-    if message is None:  # readable after all
-        assert prompts.read_prompts(tmp_path / name)
-    else:
-        with pytest.raises(UserError, match=message):
-            prompts.read_prompts(tmp_path / name)
-
-
 def test_places_that_cannot_be_read_or_written(training_options, tmp_path, monkeypatch):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "folder.txt").mkdir()
@@ -297,6 +265,4 @@ def test_any_bytes_for_safetensors(tmp_path, content):
 
 
 def test_there_are_enough_of_them():
-    from test_scripts import MISTAKES
-
-    assert len(FILES) + len(PROMPT_FILES) + len(MISTAKES) >= 60 and os.name == "posix"
+    assert len(FILES) + len(PROMPT_FILES) + len(MISTAKES) >= 60

@@ -9,6 +9,7 @@ from refl.errors import UserError
 import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
 import pytest
 import torch
+from conftest import save_lora
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from random_checkpoint import SIZES, write_checkpoint
 from safetensors import safe_open
@@ -88,7 +89,7 @@ def test_saved_lora_draws_the_same_pictures_in_diffusers(parts, tiny, tmp_path, 
     model = tiny / "stable-diffusion-v1-4"
     lora = diffusion.add_lora(parts.unet, rank=4, alpha=alpha, seed=0)
     move_lora(lora)
-    file = diffusion.save_lora(parts.unet, tmp_path, {"rank": 4, "step": 10})
+    file = save_lora(parts.unet, tmp_path, {"rank": 4, "step": 10})
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
 
     plain = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
@@ -119,7 +120,7 @@ def test_saved_lora_draws_the_same_pictures_in_diffusers(parts, tiny, tmp_path, 
 
 def test_metadata_describes_the_lora(parts, tmp_path):
     diffusion.add_lora(parts.unet, rank=4, alpha=8, seed=0)
-    file = diffusion.save_lora(parts.unet, tmp_path, {"rank": 4, "step": 10})
+    file = save_lora(parts.unet, tmp_path, {"rank": 4, "step": 10})
     assert diffusion.read_metadata(tmp_path) == diffusion.read_metadata(file) == {"rank": 4, "step": 10}
     with safe_open(file, "pt") as tensors:
         adapter = json.loads(tensors.metadata()["lora_adapter_metadata"])
@@ -129,20 +130,20 @@ def test_metadata_describes_the_lora(parts, tmp_path):
 
 def test_a_failed_save_keeps_the_old_file(parts, tmp_path, monkeypatch):
     diffusion.add_lora(parts.unet, rank=4, alpha=8, seed=0)
-    content = diffusion.save_lora(parts.unet, tmp_path, {"step": 1}).read_bytes()
+    content = save_lora(parts.unet, tmp_path, {"step": 1}).read_bytes()
 
     def disk_full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", disk_full)
     with pytest.raises(OSError, match="No space"):
-        diffusion.save_lora(parts.unet, tmp_path, {"step": 2})
+        save_lora(parts.unet, tmp_path, {"step": 2})
     assert (tmp_path / diffusion.LORA_FILE).read_bytes() == content
 
 
 def test_lora_of_another_architecture_is_refused(parts, tmp_path, monkeypatch):
     diffusion.add_lora(parts.unet, rank=4, alpha=4, seed=0)
-    file = diffusion.save_lora(parts.unet, tmp_path, {})
+    file = save_lora(parts.unet, tmp_path, {})
     wider = SIZES["tiny"] | {"unet": SIZES["tiny"]["unet"] | {"block_out_channels": (16, 16, 16, 16)}}
     monkeypatch.setitem(SIZES, "wider", wider)
     model = write_checkpoint(tmp_path / "wider", "wider") / "stable-diffusion-v1-4"

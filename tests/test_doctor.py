@@ -1,10 +1,12 @@
 """The doctor's table: what passes, what is doubtful, what fails, and what to do."""
 
+import dataclasses
 import shutil
 import socket
 import sys
 from collections import namedtuple
 
+import refl_lora
 from refl import doctor
 from refl.errors import UserError
 
@@ -39,6 +41,29 @@ def test_the_command_prints_a_table(tiny, tmp_path):
     )
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert "FAIL  model" in run.stdout and "pass  prompts" in run.stdout  # one failure hides no other
+
+
+def test_the_options_are_those_of_training():
+    for field in dataclasses.fields(doctor.Options):
+        if field.name != "main_process_port":  # the launcher's
+            assert getattr(doctor.Options(), field.name) == getattr(refl_lora.Options(), field.name)
+
+
+def test_the_options_of_a_run_may_all_be_given(options, monkeypatch, capsys):
+    given = [
+        f"--pretrained_model_name_or_path={options.pretrained_model_name_or_path}",
+        "--learning_rate=1e-04",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["doctor", *given, f"--reward_path={options.reward_path}", "--reward=nothing"]
+    )
+    with pytest.raises(SystemExit):
+        doctor.main()
+    out = capsys.readouterr().out
+    assert (
+        "not looked at: --learning_rate=1e-04" in out
+        and "FAIL  files      --reward nothing: nothing is not" in out
+    )
 
 
 def test_every_check_passes(options):

@@ -134,29 +134,28 @@ def points(run):
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
-    ("where", "steps"),
+    ("place", "every", "step"),
     [
-        ("in the rollout", [2]),
-        ("in the update", [4]),
-        ("in validation", [3]),
-        ("before the last checkpoint", [2, 6]),
+        (KILLS["in the rollout"], 0, 2),
+        (KILLS["in the update"], 0, 4),
+        (KILLS["in validation"], 0, 3),
+        ((checkpoints, "prune", 1), 4, 4),
     ],
 )
-def test_a_signal_saves_and_stops(options, straight, tmp_path, monkeypatch, capsys, number, where, steps):
+def test_a_signal_saves_and_stops(
+    options, straight, tmp_path, monkeypatch, capsys, number, place, every, step
+):
     # What is done of a step is left where it can be done again; an update, once begun, is finished and saved.
-    every = "--checkpointing_steps=4" if steps == [2, 6] else "--checkpointing_steps=0"
-    kill = KILLS[where] if steps != [2, 6] else (checkpoints, "prune", 1)
     with monkeypatch.context() as context:
-        break_at(context, *kill, lambda: os.kill(os.getpid(), number))
+        break_at(context, *place, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as stopped:
-            train(context, tmp_path, *options, every)
+            train(context, tmp_path, *options, f"--checkpointing_steps={every}")
     assert stopped.value.code == 128 + number
-    steps = [4] if steps == [2, 6] else steps
     assert (
-        f"stopped by {number.name} after {steps[0]} steps; the same command goes on after step"
+        f"stopped by {number.name} after {step} steps; the same command goes on after step {step}"
         in capsys.readouterr().out
     )
-    assert checkpoints.steps(tmp_path) == steps
+    assert checkpoints.steps(tmp_path) == [step]
     train(monkeypatch, tmp_path, *options)
     assert_same_run(tmp_path, straight)
 

@@ -11,7 +11,7 @@ from refl.errors import UserError
 
 import pytest
 import torch
-from conftest import ROOT, weight_options
+from conftest import ROOT, save_lora, weight_options
 from test_scripts import events, run_in_process
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def own(tmp_path, monkeypatch):
 def trained_lora(parts, tmp_path):
     """A LoRA's file."""
     diffusion.add_lora(parts.unet, 2, 2, 0)
-    return diffusion.save_lora(parts.unet, tmp_path, {"reward": "imagereward"})
+    return save_lora(parts.unet, tmp_path, {"reward": "imagereward"})
 
 
 def load(specification, folder="nowhere"):

@@ -17,7 +17,6 @@ from `med_config.json`, where keys that the published file lacks default to the 
 import json
 import logging
 import math
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -25,7 +24,7 @@ from os import PathLike
 from pathlib import Path
 from textwrap import shorten
 
-from refl.errors import UserError
+from refl.errors import UserError, is_first_process
 
 import numpy as np
 import torch
@@ -169,7 +168,7 @@ class ImageReward(nn.Module):
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
-        if not self.has_said_cut and os.environ.get("LOCAL_RANK", "0") == "0":
+        if not self.has_said_cut and is_first_process():
             for prompt, is_full in zip(prompts, tokens.attention_mask.all(dim=1).tolist(), strict=True):
                 if is_full and (length := len(self.tokenizer(prompt).input_ids)) > MAX_TOKENS:
                     logging.getLogger(__name__).warning(
