@@ -137,4 +137,4 @@ def score(
 
 
 if __name__ == "__main__":
-    run_as_command(main, drawing.OUT_OF_MEMORY)
+    run_as_command(main, drawing.memory_advice)

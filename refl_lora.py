@@ -34,16 +34,19 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from refl import board, checkpoints, devices, diffusion, doctor, randomness, rewards
-from refl.errors import UserError, run_as_command
+from refl.errors import UserError, is_first_process, run_as_command
 from refl.files import write_whole
+from refl.lean import make_lean
 from refl.prompts import prompt_index, read_prompts
 from refl.rewards import WeightedRewards
 from refl.signals import Stopped, StopSignals
@@ -141,9 +144,14 @@ class Options:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the frozen parts; the LoRA stays in float32. None: as launched."""
     gradient_checkpointing: bool = False
-    """Recompute UNet's and decoder's activations in the backward pass: much less memory, some more time."""
+    """Recompute UNet's and decoder's activations in the backward pass: less memory, some more time."""
     decode_batch_size: int = 1
     """Pictures decoded and scored at once; must divide --train_batch_size. Higher: more memory."""
+    low_memory: bool = False
+    """Fit into 8 GB in any precision: recompute activations, decode picture by picture, and keep each frozen
+    model on the GPU only while it is used. Some time more."""
+    rollout_batch_size: int = 8
+    """Pictures rolled out at once, from as many micro-steps as it takes; more fill a large GPU better."""
     allow_tf32: bool = False
     """Let float32 matrix products on Ampere and newer GPUs use TF32."""
     seed: int = 0
@@ -191,8 +199,8 @@ def _as_argument(name: str, value: str | int | float | bool | None) -> str:
 
 
 # Options that the LoRA does not depend on, or only to rounding.
-HARMLESS = """options_file check output_dir prompts train_batch_size decode_batch_size
-    gradient_checkpointing checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+HARMLESS = """options_file check output_dir prompts train_batch_size decode_batch_size rollout_batch_size
+    gradient_checkpointing low_memory checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     allow_changed_options max_nonfinite_steps validation_prompts validation_steps num_validation_images
     logging_dir report_to""".split()
 
@@ -217,7 +225,8 @@ def check_options(options: Options) -> None:
             lambda v: v >= 1,
             "be 1 or more",
         ),
-        ("num_inference_steps decode_batch_size num_validation_images", lambda v: v >= 1, "be 1 or more"),
+        ("num_inference_steps num_validation_images", lambda v: v >= 1, "be 1 or more"),
+        ("decode_batch_size rollout_batch_size", lambda v: v >= 1, "be 1 or more"),
         ("lr_warmup_steps min_stop validation_steps seed", lambda v: v >= 0, "be 0 or more"),
         ("checkpoints_total_limit max_nonfinite_steps", lambda v: v >= 1, "be 1 or more"),
         ("checkpointing_steps", lambda v: v >= 0, "be 0 or more"),
@@ -228,6 +237,11 @@ def check_options(options: Options) -> None:
         ("adam_beta1 adam_beta2", lambda v: 0 <= v < 1, "be at least 0 and below 1"),
         ("reward_target", lambda v: v is None or math.isfinite(v), "be a number, or None"),
         ("use_8bit_adam", lambda v: not v or find_spec("bitsandbytes"), "have: pip install bitsandbytes"),
+        (
+            "decode_batch_size",
+            lambda v: v == 1 or not o.low_memory,
+            "be 1 with --low_memory",
+        ),
         (
             "decode_batch_size",
             lambda v: o.train_batch_size % v == 0,
@@ -264,101 +278,155 @@ class Models:
     rewards: WeightedRewards
     ddpm: diffusion.Ddpm
     guidance_scale: float = 1.0
+    present: Callable[..., AbstractContextManager] = lambda *models: nullcontext()
+    """Has the given models on the device for a block, where they are not always there."""
+
+
+@dataclass
+class MicroBatch:
+    """Pictures that share a stop index and one gradient."""
+
+    prompts: list[str]
+    prompt_embeds: Tensor  # (B, tokens, width); for guidance (2, B, tokens, width), the empty prompt's first
+    noise: Tensor  # (B, > stop, C, h, w): x_T first, then that of each denoising step
+    stop: int
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on `device`."""
+        prompt_embeds = self.prompt_embeds.to(device, non_blocking=True)
+        return replace(self, prompt_embeds=prompt_embeds, noise=self.noise.to(device, non_blocking=True))
 
 
 @dataclass
 class StepResult:
-    """What a step found, nothing of it attached to a graph."""
+    """What a micro-batch found, nothing of it attached to a graph."""
 
-    loss: Tensor  # (), grad_scale * mean over the batch
+    loss: Tensor  # (), grad_scale * mean over the micro-batch
     scores: Tensor  # (K, B), of each reward by itself, not weighted
     rewards: Tensor  # (B,), their weighted sum
-    gradients: tuple[Tensor, ...]  # scale(d loss / d LoRA), one for each matrix
     saturated: Tensor  # (), share of colour values that decode outside [0, 1], where the gradient is zero
 
 
 def predict_noise(models: Models, latents: Tensor, index: int, prompt_embeds: Tensor) -> Tensor:
     """eps(x_t, t, c), (B, C, h, w), at denoising step `index`, guided if so asked.
 
-    `prompt_embeds` are (B, tokens, width), or (2, B, tokens, width) with the empty prompt's first for
-    guidance. Their dtype is that of the frozen weights; the LoRA's float32 meets it by autocast.
+    The UNet computes in the precision of `prompt_embeds`, shaped as in `MicroBatch`.
     """
-    t = models.ddpm.timesteps[index]
-    half = prompt_embeds.dtype in (torch.float16, torch.bfloat16)
-    with torch.autocast(latents.device.type, dtype=prompt_embeds.dtype if half else None, enabled=half):
-        if models.guidance_scale == 1:
-            return models.unet(latents, t, prompt_embeds).sample.to(latents.dtype)
-        eps_empty, eps_prompt = models.unet(
-            latents.repeat(2, 1, 1, 1), t, prompt_embeds.flatten(0, 1)
-        ).sample.chunk(2)
-    eps_empty, eps_prompt = eps_empty.to(latents.dtype), eps_prompt.to(latents.dtype)
+    t, sample = models.ddpm.timesteps[index], latents.to(prompt_embeds.dtype)
+    if models.guidance_scale == 1:
+        return models.unet(sample, t, prompt_embeds).sample.to(latents.dtype)
+    eps = models.unet(sample.repeat(2, 1, 1, 1), t, prompt_embeds.flatten(0, 1)).sample.to(latents.dtype)
+    eps_empty, eps_prompt = eps.chunk(2)
     return eps_empty + models.guidance_scale * (eps_prompt - eps_empty)
 
 
-def predict_x0(models: Models, latents: Tensor, index: int, prompt_embeds: Tensor) -> Tensor:
-    """The picture's latents x0, (B, C, h, w), that x_t at denoising step `index` lets expect."""
-    eps = predict_noise(models, latents, index, prompt_embeds)
-    return models.ddpm.predict_x0(latents, eps, index)
-
-
 @torch.no_grad()
-def rollout(models: Models, noise: Tensor, prompt_embeds: Tensor, stop: int) -> Tensor:
-    """DDPM from x_T to x at denoising step `stop`. `noise` (B, > stop, C, h, w): x_T first, then that of each
-    step."""
-    latents = noise[:, 0]
-    for index in range(stop):
+def rollout(models: Models, batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+    """DDPM from x_T to each batch's stop index: its x_k, and the x0 that this lets expect, (B, C, h, w).
+
+    All batches go together, which fills a GPU better, and each leaves where it stops.
+    """
+    going = sorted(batches, key=lambda batch: batch.stop, reverse=True)  # the next to leave is the last
+    latents = torch.cat([batch.noise[:, 0] for batch in going])
+    prompt_embeds = torch.cat([batch.prompt_embeds for batch in going], dim=-3)
+    found = {}
+    for index in range(going[0].stop + 1):
         eps = predict_noise(models, latents, index, prompt_embeds)
-        latents = models.ddpm.step(latents, eps, index, noise[:, index + 1])
-    return latents
+        while going and going[-1].stop == index:
+            size = len(going[-1].prompts)
+            x0 = models.ddpm.predict_x0(latents[-size:], eps[-size:], index)
+            found[id(going.pop())] = latents[-size:], x0
+            latents, eps, prompt_embeds = latents[:-size], eps[:-size], prompt_embeds[..., :-size, :, :]
+        if going:
+            noise = torch.cat([batch.noise[:, index + 1] for batch in going])
+            latents = models.ddpm.step(latents, eps, index, noise)
+    return [found[id(batch)] for batch in batches]
 
 
-def refl_step(
+def x0_gradient(
     models: Models,
-    prompts: list[str],
-    prompt_embeds: Tensor,
-    noise: Tensor,
-    stop: int,
+    batch: MicroBatch,
+    x0: Tensor,
     grad_scale: float,
     reward_target: float | None,
     decode_batch_size: int = 1,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
-) -> StepResult:
-    """Loss and its gradient for one batch; `prompt_embeds` and `noise` as in `predict_noise`, `rollout`.
-
-    `scale` keeps small gradients from vanishing in float16 (a GradScaler's); `phase` times its block.
-    """
-    # x_T -> x_k, and the value of x0, without gradient
-    with phase("rollout"), torch.no_grad():
-        latents = rollout(models, noise, prompt_embeds, stop)
-        x0 = predict_x0(models, latents, stop, prompt_embeds)
-
-    # d loss / d x0 through reward and decoder, a few pictures at a time
-    losses, scores, x0_gradients, saturated = [], [], [], []
-    for start in range(0, len(prompts), decode_batch_size):
+) -> tuple[StepResult, Tensor]:
+    """Loss of a micro-batch, and scale(d loss / d x0), (B, C, h, w), through reward and decoder."""
+    losses, scores, gradients, saturated = [], [], [], []
+    for start in range(0, len(x0), decode_batch_size):
         chunk = slice(start, start + decode_batch_size)
         leaf = x0[chunk].detach().requires_grad_()
         with phase("decode"):
             pictures = diffusion.decode(models.vae, leaf)  # (b, 3, H, W)
         with phase("reward"):
-            own_scores = models.rewards(pictures.clamp(0, 1), prompts[chunk])  # (K, b)
+            own_scores = models.rewards(pictures.clamp(0, 1), batch.prompts[chunk])  # (K, b)
             reward = models.rewards.total(own_scores)  # (b,)
             shortfall = -reward if reward_target is None else (reward_target - reward).relu()
-            loss = grad_scale * shortfall.sum() / len(prompts)
+            loss = grad_scale * shortfall.sum() / len(x0)
         with phase("backward"):
-            x0_gradients += torch.autograd.grad(scale(loss), leaf)
+            gradients += torch.autograd.grad(scale(loss), leaf)
         losses.append(loss.detach())
         scores.append(own_scores.detach())
         saturated.append(((pictures < 0) | (pictures > 1)).float().mean())
-
-    # d loss / d LoRA = <d loss / d x0, d x0 / d LoRA> through the UNet
-    with phase("grad_step"):
-        x0 = predict_x0(models, latents, stop, prompt_embeds)
-    with phase("backward"):
-        gradients = torch.autograd.grad(x0, models.lora, grad_outputs=torch.cat(x0_gradients))
-    loss, saturated = torch.stack(losses).sum(), torch.stack(saturated).mean()
+        del pictures, own_scores, reward, shortfall, loss  # and with them the rest of the graph
     scores = torch.cat(scores, dim=1)  # (K, B)
-    return StepResult(loss, scores, models.rewards.total(scores), gradients, saturated)
+    result = StepResult(
+        loss=torch.stack(losses).sum(),
+        scores=scores,
+        rewards=models.rewards.total(scores),
+        saturated=torch.stack(saturated).mean(),
+    )
+    return result, torch.cat(gradients)
+
+
+def lora_gradient(
+    models: Models,
+    batch: MicroBatch,
+    latents: Tensor,
+    upstream: Tensor,
+    phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+) -> tuple[Tensor, ...]:
+    """d loss / d LoRA = <upstream, d x0 / d LoRA> through the UNet, one for each matrix; `upstream` is
+    d loss / d x0."""
+    with phase("grad_step"):
+        eps = predict_noise(models, latents, batch.stop, batch.prompt_embeds)
+        x0 = models.ddpm.predict_x0(latents, eps, batch.stop)
+    with phase("backward"):
+        return torch.autograd.grad(x0, models.lora, grad_outputs=upstream)
+
+
+def refl_step(
+    models: Models,
+    batches: Sequence[MicroBatch],
+    grad_scale: float,
+    reward_target: float | None,
+    decode_batch_size: int = 1,
+    rollout_batch_size: int = 1,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+    phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+) -> Iterator[tuple[StepResult, tuple[Tensor, ...]]]:
+    """What each micro-batch of an optimizer step finds, and scale(d loss / d LoRA) of it, for each matrix.
+
+    About `rollout_batch_size` pictures go together: x_T -> x_k and x0 for all, then d loss / d x0, then
+    d loss / d LoRA. `scale` keeps small gradients from vanishing in float16 (a GradScaler's); `phase` times
+    its block.
+    """
+    device = models.lora[0].device
+    together = max(1, rollout_batch_size // len(batches[0].prompts))
+    for start in range(0, len(batches), together):
+        group = [batch.to(device) for batch in batches[start : start + together]]
+        with phase("rollout"), models.present(models.unet):
+            rolled_out = rollout(models, group)
+        with models.present(models.vae, *models.rewards.modules()):
+            judged = [
+                x0_gradient(models, batch, x0, grad_scale, reward_target, decode_batch_size, scale, phase)
+                for batch, (_, x0) in zip(group, rolled_out, strict=True)
+            ]
+        with models.present(models.unet):
+            for batch, (latents, _), (result, upstream) in zip(group, rolled_out, judged, strict=True):
+                yield result, lora_gradient(models, batch, latents, upstream, phase)
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -375,19 +443,20 @@ def validate(
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     own = range(rank, math.ceil(len(prompts) / world) * world, world)  # padded: every process draws as many
-    pictures, scores = [], []
+    pictures, scores, device = [], [], accelerator.device
     last = len(models.ddpm.timesteps) - 1
     for start in range(0, len(own), batch_size):
         indices = [index % len(prompts) for index in own[start : start + batch_size]]
         chosen = [prompts[index] for index in indices]
         noise = randomness.noise((randomness.VALIDATION, seed), indices, (last + 1, *noise_shape))
-        prompt_embeds = embeds(chosen)
-        latents = rollout(models, noise.to(accelerator.device), prompt_embeds, last)
-        x0 = predict_x0(models, latents, last, prompt_embeds)
-        for latent, prompt in zip(x0, chosen, strict=True):
-            picture = diffusion.decode(models.vae, latent[None]).clamp(0, 1)
-            scores.append(models.rewards(picture, [prompt]))  # (K, 1)
-            pictures.append((picture * 255).round().byte())
+        batch = MicroBatch(chosen, embeds(chosen), noise, last).to(device)
+        with models.present(models.unet):
+            [(_, x0)] = rollout(models, [batch])
+        with models.present(models.vae, *models.rewards.modules()):
+            for latent, prompt in zip(x0, chosen, strict=True):
+                picture = diffusion.decode(models.vae, latent[None]).clamp(0, 1)
+                scores.append(models.rewards(picture, [prompt]))  # (K, 1)
+                pictures.append((picture * 255).round().byte())
     order = torch.arange(len(own) * world).view(world, len(own)).T.flatten()[: len(prompts)]
     pictures = accelerator.gather(torch.cat(pictures))
     scores = accelerator.gather(torch.cat(scores, dim=1).T.contiguous())
@@ -429,9 +498,21 @@ def resume(
     return found
 
 
+def one_ahead(function: Callable, items: Iterable) -> Iterator:
+    """function(item) for each, the next one computed by another thread while one is used."""
+    with ThreadPoolExecutor(1) as worker:
+        waiting = None
+        for item in items:
+            ready, waiting = waiting, worker.submit(function, item)
+            if ready:
+                yield ready.result()
+        if waiting:
+            yield waiting.result()
+
+
 def step_numbers(
     results: list[StepResult],
-    stops: list[int],
+    batches: list[MicroBatch],
     norms: list[Tensor],
     seconds: dict[str, float],
     device: torch.device,
@@ -439,9 +520,9 @@ def step_numbers(
     """What one process has to log of an optimizer step, by tag; () each, to be averaged over processes."""
     numbers = {
         f"gradient_norm_by_stop/{k}": torch.stack(
-            [n for n, stop in zip(norms, stops, strict=True) if stop == k]
+            [norm for norm, batch in zip(norms, batches, strict=True) if batch.stop == k]
         ).mean()
-        for k in sorted(set(stops))
+        for k in sorted({batch.stop for batch in batches})
     }
     numbers["pictures/saturated"] = torch.stack([result.saturated for result in results]).mean()
     numbers |= {f"seconds/{name}": torch.tensor(value) for name, value in seconds.items()}
@@ -495,19 +576,29 @@ def main() -> None:
         accelerator.print(f"going on after step {progress.step}")
 
     # ---- models
-    parts = diffusion.load_stable_diffusion(options.pretrained_model_name_or_path, weight_dtype, device)
+    home = torch.device("cpu") if options.low_memory else device  # of the frozen models
+    parts = diffusion.load_stable_diffusion(options.pretrained_model_name_or_path, weight_dtype, home)
+    parts.vae.encoder = None
     lora_alpha = options.rank if options.lora_alpha is None else options.lora_alpha
     models = Models(
         unet=parts.unet,
         lora=diffusion.add_lora(parts.unet, options.rank, lora_alpha, options.seed),
         vae=parts.vae,
-        rewards=rewards.load(options.reward, options.reward_path, device, weight_dtype),
-        ddpm=diffusion.Ddpm(parts.scheduler_config, options.num_inference_steps),
+        rewards=rewards.load(options.reward, options.reward_path, home, weight_dtype),
+        ddpm=diffusion.Ddpm(parts.scheduler_config, options.num_inference_steps, device),
         guidance_scale=options.guidance_scale,
     )
-    if options.gradient_checkpointing:
-        parts.unet.enable_gradient_checkpointing()
-        parts.vae.enable_gradient_checkpointing()
+    for model in (parts.unet, parts.vae):
+        make_lean(model)
+        if options.gradient_checkpointing or options.low_memory:
+            model.enable_gradient_checkpointing()
+    if options.low_memory:
+        for matrix in models.lora:
+            matrix.data = matrix.data.to(device)
+        models.present = partial(devices.visit, device)
+        if device.type == "cuda":
+            for model in (parts.unet, parts.vae, parts.text_encoder, *models.rewards.modules()):
+                devices.pin(model)
     optimizer = make_optimizer(options, models.lora)
     schedule = get_scheduler(
         options.lr_scheduler,
@@ -537,17 +628,29 @@ def main() -> None:
     bar = tqdm(
         encoded, "encoding prompts", len(needed), unit="prompt", disable=not accelerator.is_main_process
     )
-    cache = {prompt: embedding.cpu() for prompt, embedding in zip(needed, bar, strict=True)}
+    with models.present(parts.text_encoder):
+        cache = {prompt: embedding.cpu() for prompt, embedding in zip(needed, bar, strict=True)}
     parts.text_encoder = None
 
     def embeds(chosen: list[str]) -> Tensor:  # (B, tokens, width), or (2, B, tokens, width) for guidance
         embedded = torch.stack([cache[prompt] for prompt in chosen])
         if options.guidance_scale != 1:
             embedded = torch.stack([cache[""].expand_as(embedded), embedded])
-        return embedded.to(device)
+        return embedded
 
     side = resolution // diffusion.vae_factor(parts.vae)
     noise_shape = (parts.unet.config.in_channels, side, side)
+
+    def micro_batches(step: int) -> list[MicroBatch]:
+        """This process's share of an optimizer step, on the CPU."""
+        batches = []
+        for micro_step in range(micro_steps):
+            stop = randomness.stop_index(options.seed, step, micro_step, options.min_stop, options.max_stop)
+            key = (randomness.NOISE, options.seed, step, micro_step)
+            noise = randomness.noise(key, own, (stop + 1, *noise_shape))
+            chosen = batch_prompts(step, micro_step)
+            batches.append(MicroBatch(chosen, embeds(chosen), noise, stop))
+        return batches
 
     # ---- output
     writer = None
@@ -630,31 +733,24 @@ def main() -> None:
         if progress.first_validation is None:
             progress.first_validation = progress.validation
 
-    def own_gradients(step: int) -> tuple[list[StepResult], list[int], list[Tensor], list[Tensor]]:
-        """This process's micro-steps: what each found, its stop index, its gradient's norm; their sum."""
-        results, stops, norms = [], [], []
+    def own_gradients(batches: list[MicroBatch]) -> tuple[list[StepResult], list[Tensor], list[Tensor]]:
+        """This process's micro-batches: what each found, its gradient's norm; the sum of the gradients."""
+        results, norms = [], []
         gradients = [torch.zeros_like(matrix) for matrix in models.lora]
-        for micro_step in range(micro_steps):
-            stop = randomness.stop_index(options.seed, step, micro_step, options.min_stop, options.max_stop)
-            key = (randomness.NOISE, options.seed, step, micro_step)
-            chosen = batch_prompts(step, micro_step)
-            result = refl_step(
-                models,
-                chosen,
-                embeds(chosen),
-                randomness.noise(key, own, (stop + 1, *noise_shape)).to(device),
-                stop,
-                options.grad_scale,
-                options.reward_target,
-                options.decode_batch_size,
-                scaler.scale,
-                phase,
-            )
-            torch._foreach_add_(gradients, result.gradients)
+        for result, own in refl_step(
+            models,
+            batches,
+            options.grad_scale,
+            options.reward_target,
+            options.decode_batch_size,
+            options.rollout_batch_size,
+            scaler.scale,
+            phase,
+        ):
+            torch._foreach_add_(gradients, own)
+            norms.append(torch.nn.utils.get_total_norm(own))
             results.append(result)
-            stops.append(stop)
-            norms.append(torch.nn.utils.get_total_norm(result.gradients))
-        return results, stops, norms, gradients
+        return results, norms, gradients
 
     def update(results: list[StepResult], gradients: list[Tensor]) -> tuple[float, float, float, bool]:
         """One optimizer step, the same on every process; its loss, gradient norm, learning rate, and whether
@@ -706,17 +802,17 @@ def main() -> None:
     try:
         if is_validated(0) and not checkpoint:
             show_validation(0)
-        for step in bar:
+        for step, batches in zip(bar, one_ahead(micro_batches, remaining), strict=True):
             step_started, scale = time.perf_counter(), scaler.get_scale()
             with signals.interruptible():
-                results, stops, norms, gradients = own_gradients(step)
+                results, norms, gradients = own_gradients(batches)
             with phase("optimizer"):
                 loss, grad_norm, learning_rate, is_told = update(results, gradients)
 
             # ---- log: one reduction and one gather for all numbers of all processes
             seconds = phase.pop() | {"total": time.perf_counter() - step_started}
             norms = [norm / scale / options.grad_scale for norm in norms]
-            numbers = step_numbers(results, stops, norms, seconds, device)
+            numbers = step_numbers(results, batches, norms, seconds, device)
             vector = torch.stack([number.float().to(device) for number in numbers.values()])
             values = dict(zip(numbers, accelerator.reduce(vector, reduction="mean").tolist(), strict=True))
             scores = torch.cat([result.scores for result in results], dim=1)
@@ -807,9 +903,14 @@ def main() -> None:
     accelerator.end_training()
 
 
+def memory_advice() -> str:
+    """What to do when the GPU's memory does not suffice."""
+    options = read_options(sys.argv[1:])
+    if not is_first_process():
+        return ""
+    print("out of GPU memory; counting what other options would need ...", file=sys.stderr, flush=True)
+    return doctor.memory_advice(options)
+
+
 if __name__ == "__main__":
-    run_as_command(
-        main,
-        "Try --gradient_checkpointing, a lower --train_batch_size with more --gradient_accumulation_steps, "
-        "--decode_batch_size 1, --mixed_precision bf16, a lower --resolution, or other GPUs.",
-    )
+    run_as_command(main, memory_advice)

@@ -1,7 +1,9 @@
-"""The device that a person asks for, and the memory that it took."""
+"""The device that a person asks for, models that visit it, and the memory that it took."""
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from refl.errors import UserError
 
@@ -22,6 +24,29 @@ def find(name: str | None) -> torch.device:
             f"--device {name}: not a device that can be used on this machine ({reason})."
         ) from error
     return device
+
+
+@contextmanager
+def visit(device: torch.device, *models: torch.nn.Module) -> Iterator[None]:
+    """What `models` keep elsewhere is on `device` for a block, and then where it was, as it was: it must not
+    be changed there."""
+    home = {}
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device != device:
+                home[tensor] = tensor.data
+                tensor.data = tensor.data.to(device, non_blocking=True)
+    try:
+        yield
+    finally:
+        for tensor, data in home.items():
+            tensor.data = data
+
+
+def pin(model: torch.nn.Module) -> None:
+    """Let what `model` keeps on the CPU be memory that a GPU copies fastest."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.pin_memory()
 
 
 def peak_memory(device: torch.device) -> float:

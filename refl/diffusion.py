@@ -85,7 +85,7 @@ def load_stable_diffusion(
             f"{parts.text_encoder.config.vocab_size}. Copy the folder again from its source."
         )
     for part in (parts.text_encoder, parts.vae, parts.unet):
-        part.requires_grad_(False).eval().to(device)
+        part.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return parts
 
 
@@ -143,7 +143,7 @@ class Ddpm:
     are not in [-1, 1].
     """
 
-    def __init__(self, scheduler_config: dict, num_inference_steps: int):
+    def __init__(self, scheduler_config: dict, num_inference_steps: int, device: str | torch.device = "cpu"):
         if scheduler_config.get("prediction_type", "epsilon") != "epsilon":
             raise UserError(
                 f"the model predicts {scheduler_config['prediction_type']}; only epsilon is supported."
@@ -152,9 +152,8 @@ class Ddpm:
             scheduler_config, clip_sample=False, variance_type="fixed_small"
         )
         scheduler.set_timesteps(num_inference_steps)
-        self.timesteps = scheduler.timesteps.tolist()  # e.g. 976, 951, ..., 26, 1
-        alphas_cumprod = scheduler.alphas_cumprod.double()
-        self.alphas_cumprod = [alphas_cumprod[t].item() for t in self.timesteps] + [1.0]
+        self.timesteps = scheduler.timesteps.to(device)  # e.g. 976, 951, ..., 26, 1
+        self.alphas_cumprod = [*scheduler.alphas_cumprod.double()[scheduler.timesteps].tolist(), 1.0]
 
     def predict_x0(self, latents: Tensor, eps: Tensor, index: int) -> Tensor:
         """x0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), eq. 15; `index` counts denoising steps from 0."""

@@ -165,9 +165,13 @@ class Options:
     resolution: int | None = None
     rank: int = 4
     train_batch_size: int = 2
+    gradient_accumulation_steps: int = 4
     decode_batch_size: int = 1
+    rollout_batch_size: int = 8
     num_inference_steps: int = 40
+    guidance_scale: float = 1.0
     gradient_checkpointing: bool = False
+    low_memory: bool = False
     checkpoints_total_limit: int = 3
     mixed_precision: str | None = None
     """None: bf16 where all GPUs can, else fp16; no on the CPU."""
@@ -252,12 +256,14 @@ def check_devices(options: Any) -> str:
 
 def check_memory(options: Any) -> str:
     """The GPUs' free memory, and whether the options fit into it. Takes some of it until the process ends."""
+    from refl import memory
+
     import torch
 
-    needed = memory_needed(options, 4 if options.mixed_precision == "no" else 2)
-    if needed is None:
-        return "no estimate for this model: it is not of SD-1's size"
-    texts = [f"about {needed:.1f} GiB needed"]
+    size = memory.needed(options, *_dtype_and_resolution(options))
+    texts = [f"about {size:.1f} GiB needed"]
+    if others := [name for name in options.reward.split(",") if not name.strip().startswith("imagereward")]:
+        texts[0] += f" besides what {', '.join(others)} takes"
     for gpu in range(torch.cuda.device_count()):
         try:
             free, total = (number / 2**30 for number in torch.cuda.mem_get_info(gpu))
@@ -266,25 +272,32 @@ def check_memory(options: Any) -> str:
                 f"GPU {gpu} cannot be used: {error}. Choose others by CUDA_VISIBLE_DEVICES."
             ) from error
         texts.append(f"GPU {gpu}: {free:.1f} of {total:.1f} GiB free")
-        if free < needed:
-            raise Doubt(
-                f"{'; '.join(texts)}. Try --gradient_checkpointing, --train_batch_size 1, or choose GPUs by "
-                "CUDA_VISIBLE_DEVICES."
-            )
+        if free < size:
+            raise Doubt(f"{'; '.join(texts)}. {memory_advice(options)}")
     return "; ".join(texts)
 
 
-def memory_needed(options: Any, bytes_per_weight: int) -> float | None:
-    """GiB on a GPU for SD-1's architecture and ImageReward; None for others. Counted, see README."""
-    unet = read_config(options.pretrained_model_name_or_path, "unet")
-    if unet.get("block_out_channels") != [320, 640, 1280, 1280]:
-        return None
-    pictures = (resolution_of(options.pretrained_model_name_or_path, options.resolution) / 512) ** 2
-    half = bytes_per_weight / 4
-    weights = (860e6 + 446e6 + 84e6) * bytes_per_weight / 2**30
-    unet_graph = (0.28 if options.gradient_checkpointing else 4.2) * half * options.train_batch_size
-    decoder_graph = (0.80 if options.gradient_checkpointing else 5.6) * options.decode_batch_size
-    return weights + max(unet_graph, decoder_graph + 0.21) * pictures + 1.0  # 1 GiB for CUDA itself
+def memory_advice(options: Any) -> str:
+    """What to do when the GPU's memory does not suffice."""
+    from refl import memory
+
+    return (
+        "Choose GPUs by CUDA_VISIBLE_DEVICES, a lower --resolution, or one of these, with what it needs:\n"
+        + memory.advice(options, *_dtype_and_resolution(options))
+    )
+
+
+def _dtype_and_resolution(options: Any) -> tuple[Any, int]:
+    """Of the frozen models and the pictures: as asked for, as launched, or as train_refl_lora.sh chooses."""
+    import torch
+
+    name = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if name is None:
+        gpus = range(torch.cuda.device_count())
+        is_new = all(torch.cuda.get_device_capability(gpu) >= (8, 0) for gpu in gpus)
+        name = "bf16" if is_new else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
+    return dtype, resolution_of(options.pretrained_model_name_or_path, options.resolution)
 
 
 def check_port(options: Any) -> str:
@@ -364,4 +377,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_as_command(main, "")
+    run_as_command(main)

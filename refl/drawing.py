@@ -13,7 +13,6 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-OUT_OF_MEMORY = "Try --batch_size 1, --dtype fp16, a lower --resolution, another GPU, or --device cpu."
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -45,6 +44,11 @@ class DrawingOptions:
     """"cuda", "cuda:1", "cpu", ...; None: a GPU if there is one."""
     dtype: Literal["fp16", "bf16", "fp32"] | None = None
     """Precision; None: fp16 on a GPU, fp32 on the CPU."""
+
+
+def memory_advice() -> str:
+    """What to do when the GPU's memory does not suffice for one picture."""
+    return "Try --dtype fp16, a lower --resolution, another GPU, or --device cpu."
 
 
 def check(options: DrawingOptions) -> list[str]:

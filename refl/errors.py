@@ -10,10 +10,10 @@ class UserError(ValueError):
     """A mistake in the input. Its message says what is wrong, where, and what to do. No traceback."""
 
 
-def run_as_command(main: Callable[[], None], out_of_memory: str) -> None:
+def run_as_command(main: Callable[[], None], memory_advice: Callable[[], str] = lambda: "") -> None:
     """Run a script's `main`. A `UserError` becomes one message on stderr and exit code 2.
 
-    So does a GPU whose memory does not suffice; `out_of_memory` says what to change.
+    So does a GPU whose memory does not suffice; `memory_advice()` says what to change.
     """
     try:
         main()
@@ -25,7 +25,7 @@ def run_as_command(main: Callable[[], None], out_of_memory: str) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported here
             raise
         reason = str(error).partition(". ")[0]
-        _exit(f"error: the GPU's memory does not suffice ({reason}). {out_of_memory}", 2)
+        _exit(f"error: the GPU's memory does not suffice ({reason}). {memory_advice()}", 2)
 
 
 def is_first_process() -> bool:

@@ -53,6 +53,10 @@ class WeightedRewards:
         """The weighted sum, (B,), of scores (K, B)."""
         return sum(weight * own for weight, own in zip(self.weights.values(), scores, strict=True))
 
+    def modules(self) -> list[nn.Module]:
+        """Those that are models: what there is to move to a device."""
+        return [reward for reward in self.rewards.values() if isinstance(reward, nn.Module)]
+
     def means(self, scores: Tensor) -> dict[str, float]:
         """Each reward's mean of scores (K, N), by name."""
         return dict(zip(self.rewards, scores.mean(dim=1).tolist(), strict=True))

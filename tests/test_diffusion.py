@@ -30,7 +30,7 @@ def test_ddpm_is_that_of_diffusers(parts, monkeypatch, num_inference_steps):
     scheduler = DDPMScheduler.from_config(parts.scheduler_config, clip_sample=False)
     scheduler.set_timesteps(num_inference_steps)
     ddpm = diffusion.Ddpm(parts.scheduler_config, num_inference_steps)
-    assert ddpm.timesteps == scheduler.timesteps.tolist()
+    assert ddpm.timesteps.tolist() == scheduler.timesteps.tolist()
     generator = torch.Generator().manual_seed(0)
     latents, eps, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: noise)
@@ -45,7 +45,7 @@ def test_ddpm_is_that_of_diffusers(parts, monkeypatch, num_inference_steps):
 
 def test_forty_steps_are_the_published_ones(parts):
     ddpm = diffusion.Ddpm(parts.scheduler_config, 40)
-    assert ddpm.timesteps[:2] + ddpm.timesteps[-2:] == [976, 951, 26, 1]
+    assert ddpm.timesteps[[0, 1, -2, -1]].tolist() == [976, 951, 26, 1]
     slopes = [((1 - abar) / abar) ** 0.5 for abar in ddpm.alphas_cumprod]  # |d x0 / d eps|
     assert [round(slopes[k], 2) for k in (30, 33, 36, 38, 39)] == [0.63, 0.46, 0.29, 0.16, 0.04]
 
@@ -99,7 +99,7 @@ def test_saved_lora_draws_the_same_pictures_in_diffusers(parts, tiny, tmp_path, 
     embeds = torch.stack(list(diffusion.encode_prompts(parts, PROMPTS)))
     with torch.no_grad():
         ours, theirs = (unet(latents, t, embeds).sample for unet in (parts.unet, plain.unet))
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
     pipeline = diffusion.load_pipeline(model, "pndm", torch.float32, "cpu")
     base = diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 2.0)

@@ -1,10 +1,13 @@
 """The gradient of one ReFL step, against plain autograd through the whole chain and against finite
 differences."""
 
+import copy
 import math
+from types import SimpleNamespace
 
 import refl_lora
 from refl import diffusion, randomness
+from refl.lean import make_lean
 from refl.rewards import WeightedRewards
 from refl.rewards import load as load_rewards
 
@@ -20,7 +23,8 @@ STEPS, STOP = 6, 4
 def build(
     parts, reward, dtype=torch.float64, guidance_scale=1.0
 ) -> tuple[refl_lora.Models, torch.Tensor, torch.Tensor]:
-    """Models in `dtype` with a LoRA that is not zero, prompt embeddings, noise."""
+    """Models in `dtype` with a LoRA that is not zero, prompt embeddings, noise. `parts` stay as the libraries
+    made them, with the same LoRA."""
     lora = diffusion.add_lora(parts.unet, rank=2, alpha=3, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -29,9 +33,12 @@ def build(
     for part in (parts.unet, parts.vae, parts.text_encoder, reward):
         part.to(dtype)
     rewards = WeightedRewards({"imagereward": reward}, {"imagereward": 1.0})
-    models = refl_lora.Models(
-        parts.unet, lora, parts.vae, rewards, diffusion.Ddpm(parts.scheduler_config, STEPS), guidance_scale
-    )
+    unet, vae = copy.deepcopy(parts.unet), copy.deepcopy(parts.vae)
+    for model in (unet, vae):
+        make_lean(model)
+    lora = [matrix for matrix in unet.parameters() if matrix.requires_grad]
+    ddpm = diffusion.Ddpm(parts.scheduler_config, STEPS)
+    models = refl_lora.Models(unet, lora, vae, rewards, ddpm, guidance_scale)
     embeds = torch.stack(list(diffusion.encode_prompts(parts, ["", *PROMPTS])))
     empty, embeds = embeds[:1].expand(len(PROMPTS), -1, -1), embeds[1:]
     prompt_embeds = embeds if guidance_scale == 1 else torch.stack([empty, embeds])
@@ -39,8 +46,15 @@ def build(
     return models, prompt_embeds, noise
 
 
+def refl_step(models, prompt_embeds, noise, stop, grad_scale, target, **options) -> SimpleNamespace:
+    """The step for one micro-batch."""
+    batch = refl_lora.MicroBatch(PROMPTS, prompt_embeds, noise, stop)
+    [(result, gradients)] = refl_lora.refl_step(models, [batch], grad_scale, target, **options)
+    return SimpleNamespace(**vars(result), gradients=gradients)
+
+
 def plain_chain(models, parts, prompt_embeds, noise, stop, grad_scale, target, monkeypatch):
-    """Loss and LoRA gradients by diffusers' scheduler and one graph from UNet to loss."""
+    """Loss and LoRA gradients by the libraries' own layers and scheduler and one graph from UNet to loss."""
     scheduler = DDPMScheduler.from_config(parts.scheduler_config, clip_sample=False)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.set_timesteps(STEPS)
@@ -48,9 +62,9 @@ def plain_chain(models, parts, prompt_embeds, noise, stop, grad_scale, target, m
 
     def predict(latents, t):
         if guidance == 1:
-            return models.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
+            return parts.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
         empty, text = (
-            models.unet(latents, t, encoder_hidden_states=embeds).sample for embeds in prompt_embeds
+            parts.unet(latents, t, encoder_hidden_states=embeds).sample for embeds in prompt_embeds
         )
         return (1 - guidance) * empty + guidance * text
 
@@ -63,10 +77,11 @@ def plain_chain(models, parts, prompt_embeds, noise, stop, grad_scale, target, m
             latents = scheduler.step(predict(latents, t), t, latents).prev_sample
     t = scheduler.timesteps[stop]
     x0 = scheduler.step(predict(latents, t), t, latents).pred_original_sample
-    pictures = (models.vae.decode(x0 / models.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    pictures = (parts.vae.decode(x0 / parts.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     rewards = models.rewards.rewards["imagereward"](pictures, PROMPTS)
     loss = grad_scale * (-rewards if target is None else torch.relu(target - rewards)).mean()
-    return loss, rewards, torch.autograd.grad(loss, models.lora)
+    lora = [matrix for matrix in parts.unet.parameters() if matrix.requires_grad]
+    return loss, rewards, torch.autograd.grad(loss, lora)
 
 
 def relative_difference(ours, reference) -> float:
@@ -82,7 +97,7 @@ def relative_difference(ours, reference) -> float:
 @pytest.mark.parametrize("target", [2.0, None])
 def test_gradient_is_that_of_the_plain_chain(parts, reward, monkeypatch, guidance_scale, stop, target):
     models, prompt_embeds, noise = build(parts, reward, guidance_scale=guidance_scale)
-    result = refl_lora.refl_step(models, PROMPTS, prompt_embeds, noise, stop, 0.01, target)
+    result = refl_step(models, prompt_embeds, noise, stop, 0.01, target)
     loss, rewards, gradients = plain_chain(
         models, parts, prompt_embeds, noise, stop, 0.01, target, monkeypatch
     )
@@ -96,7 +111,7 @@ def test_gradient_is_that_of_finite_differences(parts, reward):
     models, prompt_embeds, noise = build(parts, reward)
 
     def step():
-        return refl_lora.refl_step(models, PROMPTS, prompt_embeds, noise, 0, 1.0, 2.0)
+        return refl_step(models, prompt_embeds, noise, 0, 1.0, 2.0)
 
     gradients = step().gradients
     generator = torch.Generator().manual_seed(2)
@@ -115,16 +130,34 @@ def test_gradient_is_that_of_finite_differences(parts, reward):
 
 def test_gradient_does_not_depend_on_how_it_is_computed(parts, reward):
     models, prompt_embeds, noise = build(parts, reward)
-    arguments = (models, PROMPTS, prompt_embeds, noise, STOP, 0.01, 2.0)
-    together = refl_lora.refl_step(*arguments, decode_batch_size=3)
-    one_by_one = refl_lora.refl_step(*arguments, decode_batch_size=1)
-    scaled = refl_lora.refl_step(*arguments, scale=lambda loss: 1024 * loss)
-    parts.unet.enable_gradient_checkpointing()
-    recomputed = refl_lora.refl_step(*arguments)
+    arguments = (models, prompt_embeds, noise, STOP, 0.01, 2.0)
+    together = refl_step(*arguments, decode_batch_size=3)
+    one_by_one = refl_step(*arguments, decode_batch_size=1)
+    scaled = refl_step(*arguments, scale=lambda loss: 1024 * loss)
+    models.unet.enable_gradient_checkpointing()
+    recomputed = refl_step(*arguments)
     assert relative_difference(one_by_one.gradients, together.gradients) < 1e-10
     assert relative_difference([g / 1024 for g in scaled.gradients], together.gradients) < 1e-10
     assert relative_difference(recomputed.gradients, together.gradients) < 1e-10
     assert scaled.loss.item() == pytest.approx(together.loss.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("together", [1, 2, 3, 100])
+def test_micro_batches_are_rolled_out_together_as_alone(parts, reward, guidance_scale, together):
+    models, prompt_embeds, noise = build(parts, reward, guidance_scale=guidance_scale)
+    batches = [
+        refl_lora.MicroBatch(
+            [PROMPTS[i % 3]], prompt_embeds[..., i % 3 : i % 3 + 1, :, :], (i + 1) * noise[i % 3, None], stop
+        )
+        for i, stop in enumerate([3, 5, 0, 3, 4])
+    ]
+    together = list(refl_lora.refl_step(models, batches, 0.01, 2.0, rollout_batch_size=together))
+    assert len(together) == len(batches)
+    for batch, (result, gradients) in zip(batches, together, strict=True):
+        [(alone, own)] = refl_lora.refl_step(models, [batch], 0.01, 2.0)
+        torch.testing.assert_close(result.rewards, alone.rewards, rtol=1e-11, atol=1e-12)
+        assert relative_difference(gradients, own) < 1e-10
 
 
 def test_gradient_of_a_sum_is_the_sum_of_gradients(parts, reward):
@@ -133,7 +166,7 @@ def test_gradient_of_a_sum_is_the_sum_of_gradients(parts, reward):
     found = {}
     for name, weights in (("imagereward", (1, 0)), ("red", (0, 1)), ("sum", (0.5, -2.0))):
         models.rewards = WeightedRewards(both, dict(zip(both, weights, strict=True)))
-        found[name] = refl_lora.refl_step(models, PROMPTS, prompt_embeds, noise, STOP, 0.01, None)
+        found[name] = refl_step(models, prompt_embeds, noise, STOP, 0.01, None)
     expected = [
         0.5 * a - 2 * b for a, b in zip(found["imagereward"].gradients, found["red"].gradients, strict=True)
     ]
@@ -146,7 +179,7 @@ def test_gradient_of_a_sum_is_the_sum_of_gradients(parts, reward):
 
 def test_pictures_above_the_target_give_no_gradient(parts, reward):
     models, prompt_embeds, noise = build(parts, reward)
-    result = refl_lora.refl_step(models, PROMPTS, prompt_embeds, noise, STOP, 0.01, -100.0)
+    result = refl_step(models, prompt_embeds, noise, STOP, 0.01, -100.0)
     assert result.loss.item() == 0
     assert all(gradient.abs().max() == 0 for gradient in result.gradients)
 
@@ -154,7 +187,7 @@ def test_pictures_above_the_target_give_no_gradient(parts, reward):
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_half_precision_keeps_the_lora_in_float32(parts, reward, tiny, dtype):
     exact_models, exact_embeds, noise = build(parts, reward)
-    exact = refl_lora.refl_step(exact_models, PROMPTS, exact_embeds, noise, STOP, 0.01, 2.0)
+    exact = refl_step(exact_models, exact_embeds, noise, STOP, 0.01, 2.0)
     half_parts = diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", dtype, "cpu")
     lora = diffusion.add_lora(half_parts.unet, rank=2, alpha=3, seed=0)
     with torch.no_grad():
@@ -163,8 +196,10 @@ def test_half_precision_keeps_the_lora_in_float32(parts, reward, tiny, dtype):
     assert {matrix.dtype for matrix in lora} == {torch.float32}
     assert {p.dtype for p in half_parts.unet.parameters() if not p.requires_grad} == {dtype}
     rewards = load_rewards("imagereward", tiny, torch.device("cpu"), dtype)
+    for model in (half_parts.unet, half_parts.vae):
+        make_lean(model)
     models = refl_lora.Models(half_parts.unet, lora, half_parts.vae, rewards, exact_models.ddpm)
-    half = refl_lora.refl_step(models, PROMPTS, exact_embeds.to(dtype), noise.float(), STOP, 0.01, 2.0)
+    half = refl_step(models, exact_embeds.to(dtype), noise.float(), STOP, 0.01, 2.0)
     assert half.rewards.dtype == torch.float32
     assert {gradient.dtype for gradient in half.gradients} == {torch.float32}
     # Half precision has 8 bits: the direction of the gradient is that of float64 to a few per cent.
@@ -176,10 +211,13 @@ def test_half_precision_keeps_the_lora_in_float32(parts, reward, tiny, dtype):
 def test_saturated_share_is_counted(parts, reward):
     models, prompt_embeds, noise = build(parts, reward)
     with torch.no_grad():
-        latents = refl_lora.rollout(models, noise, prompt_embeds, STOP)
+        [(latents, x0)] = refl_lora.rollout(
+            models, [refl_lora.MicroBatch(PROMPTS, prompt_embeds, noise, STOP)]
+        )
         eps = refl_lora.predict_noise(models, latents, STOP, prompt_embeds)
-        pictures = diffusion.decode(models.vae, models.ddpm.predict_x0(latents, eps, STOP))
+        assert torch.equal(x0, models.ddpm.predict_x0(latents, eps, STOP))
+        pictures = diffusion.decode(models.vae, x0)
     share = ((pictures < 0) | (pictures > 1)).double().mean().item()
-    result = refl_lora.refl_step(models, PROMPTS, prompt_embeds, noise, STOP, 0.01, 2.0)
+    result = refl_step(models, prompt_embeds, noise, STOP, 0.01, 2.0)
     assert result.saturated.item() == pytest.approx(share, abs=1e-6)
     assert not math.isnan(share)

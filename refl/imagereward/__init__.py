@@ -152,10 +152,14 @@ class ImageReward(nn.Module):
         """Scores, (B,) float32, of preprocessed pictures (B, 3, image_size, image_size)."""
         if isinstance(prompts, str) or [type(prompt) for prompt in prompts] != [str] * len(pixels):
             raise UserError(f"{len(pixels)} pictures need as many prompts, in a list; got {prompts!r:.80}.")
-        tokens = self.tokenize(prompts).to(pixels.device)
+        tokens = self.tokenize(prompts).to(pixels.device, non_blocking=True)
+        return self.score_tokens(pixels, tokens.input_ids, tokens.attention_mask)
+
+    def score_tokens(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """As `score_pixels`, for prompts as ids and mask, (B, tokens)."""
         hidden = self.text(
-            input_ids=tokens.input_ids,
-            attention_mask=tokens.attention_mask,
+            input_ids=ids,
+            attention_mask=mask,
             encoder_hidden_states=self.vision(pixels.to(self.vision.dtype)).last_hidden_state,
         ).last_hidden_state  # (B, tokens, width)
         with torch.autocast(pixels.device.type, enabled=False):
@@ -268,8 +272,9 @@ def _resized(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def _normalise(images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(stat, device=images.device).view(3, 1, 1) for stat in (PIXEL_MEAN, PIXEL_STD))
-    return (images - mean) / std
+    # By numbers: a tensor made of them here would make a GPU wait.
+    channels = zip(images.unbind(1), PIXEL_MEAN, PIXEL_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------- loading

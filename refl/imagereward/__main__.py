@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_as_command(main, "Try a lower --batch_size, another GPU, or --device cpu.")
+    run_as_command(main, lambda: "Try a lower --batch_size, another GPU, or --device cpu.")

@@ -1,0 +1,111 @@
+"""Layers of frozen models that keep less for the backward pass, and do less, for the same numbers.
+
+Nothing here is trained but a LoRA's two matrices. torch's own layers do not know: a convolution keeps its
+input for a weight gradient that nobody asks for, and GroupNorm followed by SiLU keeps three tensors of one
+size where one tells the others. Stable Diffusion's decoder keeps 5.7 GiB for a picture of 512x512 in float32,
+and 1.9 GiB in these layers, without computing any convolution twice.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+
+def make_lean(model: nn.Module) -> None:
+    """Let frozen convolutions, residual blocks and LoRA layers of `model` be those below, in place."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and not module.weight.requires_grad and module.padding_mode == "zeros":
+            module.__class__ = FrozenConv2d
+        elif type(module) is ResnetBlock2D and _is_plain(module):
+            module.__class__ = LeanResnetBlock2D
+        elif type(module) is PeftLinear:
+            module.__class__ = LoraLinear
+
+
+class FrozenConv2d(nn.Conv2d):
+    """A convolution that keeps nothing for the backward pass but its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        arguments = x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        return _FrozenConv2d.apply(*arguments) if torch.is_grad_enabled() else F.conv2d(*arguments)
+
+
+class _FrozenConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, *geometry):
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.geometry = x.shape, geometry
+        return F.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        gradient = nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.geometry)
+        return gradient, *([None] * (2 + len(ctx.geometry)))
+
+
+class _NormSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, num_groups, weight, bias, eps):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.num_groups, ctx.eps = num_groups, eps
+        return F.silu(F.group_norm(x, num_groups, weight, bias, eps), inplace=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, bias = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = F.group_norm(x, ctx.num_groups, weight, bias, ctx.eps)
+        y_gradient = torch.ops.aten.silu_backward(gradient, y.detach())
+        return *torch.autograd.grad(y, x, y_gradient), None, None, None, None
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """SiLU(GroupNorm(x)); keeps x alone and does both again in the backward pass."""
+    if torch.is_grad_enabled():
+        return _NormSilu.apply(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.silu(norm(x), inplace=True)
+
+
+def _is_plain(block: ResnetBlock2D) -> bool:
+    """Whether a residual block is of the kind that Stable Diffusion 1 has."""
+    return (
+        block.upsample is None
+        and block.downsample is None
+        and (block.time_embedding_norm == "default" or block.time_emb_proj is None)
+        and block.time_embedding_norm != "scale_shift"
+        and type(block.norm1) is type(block.norm2) is nn.GroupNorm
+        and type(block.nonlinearity) is nn.SiLU
+        and block.dropout.p == 0
+        and not block.norm1.weight.requires_grad
+    )
+
+
+class LeanResnetBlock2D(ResnetBlock2D):
+    """diffusers' residual block by `norm_silu`."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+        hidden = self.conv1(norm_silu(self.norm1, input_tensor))  # (B, C, H, W)
+        if self.time_emb_proj is not None:
+            temb = temb if self.skip_time_act else self.nonlinearity(temb)
+            hidden = hidden + self.time_emb_proj(temb)[:, :, None, None]
+        hidden = self.conv2(norm_silu(self.norm2, hidden))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        return (input_tensor + hidden) / self.output_scale_factor
+
+
+class LoraLinear(PeftLinear):
+    """peft's LoRA layer with one adapter, y = W x + b + s B A x, in the precision of x: A and B are cast to
+    it, not x to theirs."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., width)
+        y = F.linear(x, self.base_layer.weight, self.base_layer.bias)
+        if self.disable_adapters or self.merged:
+            return y
+        (name,) = self.active_adapters
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]
+        return y + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))

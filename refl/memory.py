@@ -1,0 +1,171 @@
+"""GPU memory that training takes, counted beforehand and without a GPU.
+
+The parts of a step run on tensors that have a shape but no content (torch's FakeTensorMode), while every
+storage that is alive is added up. Measured on the CPU, where the same operations really run, the count agrees
+with the process's own memory to a few per cent; see benchmarks/NOTES.md.
+"""
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from refl import diffusion, imagereward, rewards
+from refl.lean import make_lean
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# What comes on top on a GPU: CUDA's own and its libraries' work space; what the allocator cannot hand out.
+CUDA_GIB, FRAGMENTATION = 0.8, 1.1
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make until they are freed; `peak` is the most at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self.known and id(storage) not in given:
+                    self.known.add(storage)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """Bytes that `run` makes, at most at once, beyond what there was."""
+    with LiveBytes() as live:
+        run()
+    return live.peak
+
+
+def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[float, float]]:
+    """GiB of weights on the GPU, and of all else, in each part of a step: "rollout", "decoder and reward",
+    "gradient". The parts follow each other.
+
+    `options` are those of refl_lora.py. Of rewards only ImageReward is counted. Raises `UserError`.
+    """
+    folder = Path(options.pretrained_model_name_or_path)
+    guided = 2 if options.guidance_scale != 1 else 1
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+        for model in (unet, vae):
+            model.requires_grad_(False)
+        diffusion.add_lora(unet, options.rank, options.rank, 0)
+    reward = imagereward.load(options.reward_path) if "imagereward" in rewards.parse(options.reward) else None
+    vae.encoder = None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _without_content(unet, dtype)
+        _without_content(vae, torch.float32 if dtype == torch.float16 else dtype)
+        for model in (unet, vae):
+            make_lean(model)
+            if options.gradient_checkpointing or options.low_memory:
+                model.enable_gradient_checkpointing()
+        if reward:
+            for part in (reward.vision, reward.text):
+                _without_content(part, dtype)
+            _without_content(reward.head, torch.float32)
+        lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        side = resolution // diffusion.vae_factor(vae)
+
+        def predict_noise(size: int) -> Tensor:
+            latents = torch.empty(guided * size, unet.config.in_channels, side, side, dtype=dtype)
+            prompt_embeds = torch.empty(guided * size, 77, unet.config.cross_attention_dim, dtype=dtype)
+            return unet(latents, torch.tensor(1), prompt_embeds).sample
+
+        def rollout() -> None:
+            size = max(options.rollout_batch_size, options.train_batch_size)
+            with torch.no_grad():
+                predict_noise(min(size, options.train_batch_size * options.gradient_accumulation_steps))
+
+        def decoder_and_reward() -> None:
+            size = options.decode_batch_size
+            x0 = torch.empty(size, unet.config.in_channels, side, side, requires_grad=True)
+            pictures = diffusion.decode(vae, x0).clamp(0, 1)
+            score = pictures.mean()
+            if reward:
+                ids = torch.zeros(size, imagereward.MAX_TOKENS, dtype=torch.long)
+                pixels = imagereward.preprocess(pictures, reward.image_size)
+                score = reward.score_tokens(pixels, ids, torch.ones_like(ids)).sum()
+            torch.autograd.grad(score, x0)
+
+        def gradient() -> None:
+            eps = predict_noise(options.train_batch_size)
+            torch.autograd.grad(eps, lora, torch.empty_like(eps))
+
+        trained = 4 * sum(matrix.nbytes for matrix in lora)  # the LoRA, its gradient, AdamW's two means
+        frozen = {model: _bytes(model) for model in (unet, vae, reward) if model}
+        parts = {
+            "rollout": (rollout, [unet]),
+            "decoder and reward": (decoder_and_reward, [vae, reward]),
+            "gradient": (gradient, [unet]),
+        }
+        counted = {}
+        for name, (run, own) in parts.items():
+            here = [size for model, size in frozen.items() if not options.low_memory or model in own]
+            counted[name] = (trained + sum(here)) / 2**30, peak_of(run) / 2**30
+        return counted
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def _without_content(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give `model` tensors of no content; what is not trained in `dtype`."""
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            is_cast = tensor.is_floating_point() and not tensor.requires_grad
+            empty = torch.empty(tensor.shape, dtype=dtype if is_cast else tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            setattr(module, name, empty)
+    model.eval()
+
+
+def needed(options: Any, dtype: torch.dtype, resolution: int) -> float:
+    """GiB that a GPU must have free to train with `options`."""
+    counted = count(options, dtype, resolution)
+    return CUDA_GIB + max(weights + FRAGMENTATION * others for weights, others in counted.values())
+
+
+def advice(options: Any, dtype: torch.dtype, resolution: int) -> str:
+    """Options that need less, with what each would need, a line each."""
+    batch = options.train_batch_size
+    ways = [("--low_memory", {"low_memory": True, "decode_batch_size": 1})]
+    if batch > 1:
+        accumulated = {"gradient_accumulation_steps": batch * options.gradient_accumulation_steps}
+        text = (
+            f"--train_batch_size 1 --gradient_accumulation_steps {accumulated['gradient_accumulation_steps']}"
+        )
+        ways.append((text, {"train_batch_size": 1, "decode_batch_size": 1} | accumulated))
+        ways.append((f"--low_memory {text}", ways[0][1] | ways[1][1]))
+    if not options.gradient_checkpointing:
+        ways.insert(0, ("--gradient_checkpointing", {"gradient_checkpointing": True}))
+    if dtype == torch.float32:
+        ways.append(("--mixed_precision bf16", {}))
+    lines = []
+    for text, changes in ways:
+        changed = SimpleNamespace(**(vars(options) | changes))
+        size = needed(changed, torch.bfloat16 if "bf16" in text else dtype, resolution)
+        lines.append(f"  {text}: {size:.1f} GiB")
+    return "\n".join(lines)
