@@ -213,10 +213,10 @@ class Step:
         gradients, losses = [torch.zeros_like(matrix) for matrix in self.lora], []
         with torch.autocast(self.device.type, self.dtype, enabled=self.variant == "peft_lora"
                             and self.dtype != torch.float32):  # fmt: skip
-            for result in refl_lora.refl_step(
+            for result, own in refl_lora.refl_step(
                 self.models, batches, 0.01, 2.0, 1, self.rollout_batch_size, self.scaler.scale, phase
             ):
-                torch._foreach_add_(gradients, result.gradients)
+                torch._foreach_add_(gradients, own)
                 losses.append(result.loss)
         with phase("optimizer"):
             for matrix, gradient in zip(self.lora, gradients, strict=True):

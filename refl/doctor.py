@@ -318,11 +318,11 @@ def check_port(options: Any) -> str:
 CHECKS: dict[str, Callable[[Any], str]] = {
     "versions": check_versions,
     "devices": check_devices,
-    "memory": check_memory,
     "port": check_port,
     "files": check_files,
     "model": check_model_files,
     "scheduler": check_scheduler,
+    "memory": check_memory,
     "prompts": check_prompts,
     "output": check_output,
 }

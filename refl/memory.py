@@ -150,15 +150,14 @@ def needed(options: Any, dtype: torch.dtype, resolution: int) -> float:
 
 def advice(options: Any, dtype: torch.dtype, resolution: int) -> str:
     """Options that need less, with what each would need, a line each."""
-    batch = options.train_batch_size
-    ways = [("--low_memory", {"low_memory": True, "decode_batch_size": 1})]
+    batch, steps = options.train_batch_size, options.gradient_accumulation_steps
+    lowest = {"low_memory": True, "decode_batch_size": 1}
+    ways = [("--low_memory", lowest)]
     if batch > 1:
-        accumulated = {"gradient_accumulation_steps": batch * options.gradient_accumulation_steps}
-        text = (
-            f"--train_batch_size 1 --gradient_accumulation_steps {accumulated['gradient_accumulation_steps']}"
-        )
-        ways.append((text, {"train_batch_size": 1, "decode_batch_size": 1} | accumulated))
-        ways.append((f"--low_memory {text}", ways[0][1] | ways[1][1]))
+        text = f"--train_batch_size 1 --gradient_accumulation_steps {batch * steps}"
+        smaller = {"train_batch_size": 1, "decode_batch_size": 1}
+        smaller["gradient_accumulation_steps"] = batch * steps
+        ways += [(text, smaller), (f"--low_memory {text}", lowest | smaller)]
     if not options.gradient_checkpointing:
         ways.insert(0, ("--gradient_checkpointing", {"gradient_checkpointing": True}))
     if dtype == torch.float32:

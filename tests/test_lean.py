@@ -1,0 +1,109 @@
+"""Lean layers compute what the libraries' own do, and keep less for the backward pass."""
+
+import copy
+
+from refl import diffusion
+from refl.lean import FrozenConv2d, LeanResnetBlock2D, LoraLinear, make_lean, norm_silu
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import nn
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def test_every_layer_of_stable_diffusion_that_can_be_is_lean(parts):
+    diffusion.add_lora(parts.unet, 2, 2, 0)
+    for model in (parts.unet, parts.vae):
+        make_lean(model)
+        kinds = [type(module) for module in model.modules()]
+        assert not {nn.Conv2d, ResnetBlock2D, PeftLinear} & set(kinds)
+        assert FrozenConv2d in kinds and LeanResnetBlock2D in kinds
+        assert (LoraLinear in kinds) == (model is parts.unet)
+
+
+def test_what_is_trained_is_left_alone():
+    trained = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1, padding_mode="circular"))
+    trained[1].requires_grad_(False)
+    make_lean(trained)
+    assert {type(module) for module in trained} == {nn.Conv2d}
+
+
+def saved_bytes(run) -> int:
+    """Bytes that autograd keeps for the backward pass of `run`, weights apart."""
+    kept = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()  # noqa: F841, what it keeps must not be freed before it is counted
+    return sum(kept.values())
+
+
+def test_the_decoder_keeps_a_third(parts):
+    lean = copy.deepcopy(parts.vae)
+    make_lean(lean)
+    x0 = torch.randn(1, 4, 8, 8, requires_grad=True)
+    kept = [saved_bytes(lambda vae=vae: diffusion.decode(vae, x0)) for vae in (parts.vae, lean)]
+    assert kept[1] < 0.45 * kept[0]
+
+
+def test_the_unet_keeps_less(parts):
+    diffusion.add_lora(parts.unet, 2, 2, 0)
+    lean = copy.deepcopy(parts.unet)
+    make_lean(lean)
+    arguments = torch.randn(1, 4, 8, 8), 7, torch.randn(1, 77, 16)
+    kept = [saved_bytes(lambda unet=unet: unet(*arguments).sample) for unet in (parts.unet, lean)]
+    assert kept[1] < 0.9 * kept[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_decoder_draws_the_same_bits_with_the_same_gradient(parts, dtype, layout):
+    vae = parts.vae.to(dtype=dtype, memory_format=layout)
+    lean = copy.deepcopy(vae)
+    make_lean(lean)
+    x0 = torch.randn(2, 4, 8, 8, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    pictures, gradients = [], []
+    for model in (vae, lean):
+        pictures.append(diffusion.decode(model, x0))
+        gradients += torch.autograd.grad(pictures[-1].square().sum(), x0)
+    assert torch.equal(*pictures)
+    assert (gradients[0] - gradients[1]).norm() <= 4 * torch.finfo(dtype).eps * gradients[0].norm()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norm_and_silu(layout):
+    norm = nn.GroupNorm(4, 8).double().requires_grad_(False)
+    norm.weight.normal_()
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    upstream = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(y, x, upstream) for y in (norm_silu(norm, x), F.silu(norm(x))))
+    assert torch.equal(*ours, *theirs)
+    with torch.no_grad():
+        assert torch.equal(norm_silu(norm, x), F.silu(norm(x)))
+
+
+def test_the_lora_layer_is_that_of_peft(parts):
+    lora = diffusion.add_lora(parts.unet.double(), 2, 3, 0)
+    with torch.no_grad():
+        for matrix in lora:
+            matrix.data = torch.randn_like(matrix).double()
+    layer = next(module for module in parts.unet.modules() if type(module) is PeftLinear)
+    x = torch.randn(3, layer.in_features, dtype=torch.float64, requires_grad=True)
+    inputs = x, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    found = []
+    for cls in (PeftLinear, LoraLinear):
+        layer.__class__ = cls
+        y = layer(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))

@@ -1,0 +1,147 @@
+"""Memory counted beforehand is that of the step as it really runs."""
+
+import shutil
+from types import SimpleNamespace
+
+import refl_lora
+from refl import devices, diffusion, memory, randomness, rewards
+from refl.lean import make_lean
+
+import pytest
+import torch
+from conftest import weight_options
+from test_scripts import run_in_process
+
+
+def test_live_bytes_are_those_of_storages():
+    def run():
+        a = torch.ones(1000)
+        b = a + 1
+        del a
+        c = b * 2  # with b: 8000 bytes
+        return c.view(10, 100).add_(1)[0]  # no new storage
+
+    assert memory.peak_of(run) == 8000
+
+
+@pytest.fixture
+def options(tiny):
+    return refl_lora.Options(
+        pretrained_model_name_or_path=str(tiny / "stable-diffusion-v1-4"),
+        reward_path=str(tiny),
+        train_batch_size=3,
+        gradient_accumulation_steps=2,
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"decode_batch_size": 3}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("resolution", [64, 128])
+def test_the_count_is_what_a_step_takes(options, tiny, changes, resolution):
+    for name, value in changes.items():
+        setattr(options, name, value)
+    device, dtype, side = torch.device("cpu"), torch.float32, resolution // 8
+    parts = diffusion.load_stable_diffusion(options.pretrained_model_name_or_path, dtype, device)
+    models = refl_lora.Models(
+        parts.unet, diffusion.add_lora(parts.unet, 4, 4, 0), parts.vae,
+        rewards.load("imagereward", tiny, device, dtype), diffusion.Ddpm(parts.scheduler_config, 3),
+    )  # fmt: skip
+    for model in (parts.unet, parts.vae):
+        make_lean(model)
+        if options.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+    noise = randomness.noise((1,), range(3), (2, 4, side, side))
+    batches = [refl_lora.MicroBatch(["a fox"] * 3, torch.zeros(3, 77, 16), noise, 1) for _ in range(2)]
+
+    def step():
+        for _ in refl_lora.refl_step(models, batches, 1.0, 2.0, options.decode_batch_size, 8):
+            pass
+
+    step()  # the reward looks at its first gradient
+    counted = memory.count(options, dtype, resolution)
+    largest = max(size for _, size in counted.values())
+    assert largest * 2**30 == pytest.approx(memory.peak_of(step), rel=0.1)
+    trained = 16 * sum(matrix.numel() for matrix in models.lora)
+    parts.vae.encoder = None
+    frozen = sum(
+        p.nbytes for m in (parts.unet, parts.vae, *models.rewards.modules()) for p in m.parameters()
+        if not p.requires_grad
+    )  # fmt: skip
+    assert {weights for weights, _ in counted.values()} == {(trained + frozen) / 2**30}
+
+
+def test_what_needs_less_is_counted_as_less(options):
+    def needed(dtype=torch.float32, **changes):
+        return memory.needed(SimpleNamespace(**(vars(options) | changes)), dtype, 256)
+
+    full = needed()
+    assert needed(low_memory=True) < needed(gradient_checkpointing=True) < full
+    assert needed(torch.bfloat16) < needed(torch.float16) < full < needed(guidance_scale=3.0)
+    assert needed(gradient_accumulation_steps=64) == needed(gradient_accumulation_steps=8)
+    assert needed(rollout_batch_size=100, gradient_accumulation_steps=100) > full
+
+
+def test_advice_names_options_and_what_they_need(options):
+    lines = memory.advice(options, torch.float32, 64).splitlines()
+    assert [line.partition(":")[0].strip() for line in lines] == [
+        "--gradient_checkpointing",
+        "--low_memory",
+        "--train_batch_size 1 --gradient_accumulation_steps 6",
+        "--low_memory --train_batch_size 1 --gradient_accumulation_steps 6",
+        "--mixed_precision bf16",
+    ]
+    assert all(0.8 <= float(line.rpartition(":")[2].removesuffix(" GiB")) < 1.5 for line in lines)
+
+
+def test_low_memory_trains_the_same_lora(training_options, tmp_path, monkeypatch):
+    shared = ["--max_train_steps=2", "--num_validation_images=2", "--validation_steps=1"]
+    for name, flags in (("plain", []), ("low", ["--low_memory"])):
+        output = f"--output_dir={tmp_path / name}"
+        run_in_process(refl_lora, monkeypatch, *training_options, *shared, *flags, output)
+    plain, low = (diffusion.lora_file(tmp_path / name).read_bytes() for name in ("plain", "low"))
+    assert plain == low
+
+
+def test_visitors_go_home_unchanged():
+    class Tensor:
+        def __init__(self, device):
+            self.device, self.data = device, self
+
+        def to(self, device, non_blocking):
+            return ("moved", device)
+
+    here, there = Tensor("gpu"), Tensor("cpu")
+    model = SimpleNamespace(parameters=lambda: [here, there], buffers=lambda: [])
+    with pytest.raises(RuntimeError, match="stop"), devices.visit("gpu", model):
+        assert there.data == ("moved", "gpu") and here.data is here
+        raise RuntimeError("stop")
+    assert there.data is there
+
+
+def test_out_of_memory_says_what_to_change(training_options, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(refl_lora, "rollout", full)
+    arguments = ["refl_lora.py", *training_options, f"--output_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        refl_lora.run_as_command(refl_lora.main, refl_lora.memory_advice)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in error
+    assert "memory does not suffice (CUDA out of memory)" in error
+    assert "\n  --low_memory: 0." in error or "\n  --low_memory: 1." in error
+
+
+def test_weights_that_are_not_there(options, tmp_path, tiny):
+    shutil.copytree(tiny, tmp_path / "weights")
+    (tmp_path / "weights/ImageReward.pt").write_bytes(b"")
+    options.reward_path = str(tmp_path / "weights")
+    with pytest.raises(ValueError, match="ImageReward.pt is damaged"):
+        memory.count(options, torch.float32, 64)
+
+
+def test_the_count_needs_no_weights_in_memory(tiny, options):
+    assert weight_options(tiny)  # the fixture's files are the users'
+    before = torch.get_default_dtype(), torch.is_grad_enabled()
+    memory.count(options, torch.float16, 64)
+    assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before
