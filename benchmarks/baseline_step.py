@@ -53,6 +53,7 @@ def baseline_step(
     """One optimizer step of micro-batches (prompts, noise (B, > stop, C, h, w), stop); its mean loss."""
     parameters = [p for p in models.unet.parameters() if p.requires_grad]
     accelerator, device, losses = models.accelerator, models.unet.device, []
+    models.optimizer.zero_grad()
     for prompts, noise, stop in batches:
         noise = noise.to(device)
         with phase("text"):
@@ -84,7 +85,6 @@ def baseline_step(
     with phase("optimizer"):
         accelerator.clip_grad_norm_(parameters, max_grad_norm)
         models.optimizer.step()
-        models.optimizer.zero_grad()
     return sum(losses) / len(losses)
 
 

@@ -254,29 +254,34 @@ class Step:
 # ------------------------------------------------------------------------------------------------- measuring
 
 
+def flop_counter():
+    """torch's, which does not know the CPU's attention."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    def forward(query, key, value, *_, out_shape=None, **__) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient, query, key, value, *_, out_shape=None, **__) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    aten = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
 class Clock:
     """Seconds and, if so asked, FLOPs of each phase."""
 
     def __init__(self, device, count_flops: bool):
         from refl.board import Phases
 
-        import torch
-        from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
         self.phases = Phases(device)
         self.flops = defaultdict(int)
-        self.counter = None
-        if count_flops:
-            aten = torch.ops.aten
-            forward = lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)  # noqa: E731
-            backward = lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)  # noqa: E731
-            self.counter = FlopCounterMode(
-                display=False,
-                custom_mapping={
-                    aten._scaled_dot_product_flash_attention_for_cpu: forward,
-                    aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-                },
-            )
+        self.counter = flop_counter() if count_flops else None
 
     def __enter__(self):
         if self.counter:

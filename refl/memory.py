@@ -6,7 +6,8 @@ with the process's own memory to a few per cent; see benchmarks/NOTES.md.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,12 +36,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage not in self.known and id(storage) not in given:
-                    self.known.add(storage)
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                given = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+                if all(t.untyped_storage() is not storage for t in given):  # not a view of what there was
                     self.now += storage.nbytes()
                     weakref.finalize(storage, self._freed, storage.nbytes())
         self.peak = max(self.peak, self.now)
@@ -63,29 +63,15 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
 
     `options` are those of refl_lora.py. Of rewards only ImageReward is counted. Raises `UserError`.
     """
-    folder = Path(options.pretrained_model_name_or_path)
-    guided = 2 if options.guidance_scale != 1 else 1
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-        for model in (unet, vae):
-            model.requires_grad_(False)
-        diffusion.add_lora(unet, options.rank, options.rank, 0)
-    reward = imagereward.load(options.reward_path) if "imagereward" in rewards.parse(options.reward) else None
-    vae.encoder = None
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _without_content(unet, dtype)
-        _without_content(vae, torch.float32 if dtype == torch.float16 else dtype)
+    folder = options.pretrained_model_name_or_path
+    reward_path = options.reward_path if "imagereward" in rewards.parse(options.reward) else None
+    with without_content(folder, reward_path, options.rank, dtype) as (unet, vae, reward):
         for model in (unet, vae):
             make_lean(model)
             if options.gradient_checkpointing or options.low_memory:
                 model.enable_gradient_checkpointing()
-        if reward:
-            for part in (reward.vision, reward.text):
-                _without_content(part, dtype)
-            _without_content(reward.head, torch.float32)
         lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-        side = resolution // diffusion.vae_factor(vae)
+        side, guided = resolution // diffusion.vae_factor(vae), 2 if options.guidance_scale != 1 else 1
 
         def predict_noise(size: int) -> Tensor:
             latents = torch.empty(guided * size, unet.config.in_channels, side, side, dtype=dtype)
@@ -130,15 +116,38 @@ def _bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
 
 
-def _without_content(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give `model` tensors of no content; what is not trained in `dtype`."""
+@contextmanager
+def without_content(
+    folder: str | Path, reward_path: str | Path | None, rank: int, dtype: torch.dtype
+) -> Iterator[tuple[UNet2DConditionModel, AutoencoderKL, imagereward.ImageReward | None]]:
+    """UNet with LoRA, VAE without encoder and ImageReward, as the libraries make them and as training loads
+    them, but without content; for a block in which tensors have none."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+        for model in (unet, vae):
+            model.requires_grad_(False)
+        diffusion.add_lora(unet, rank, rank, 0)
+    vae.encoder = None
+    reward = imagereward.load(reward_path) if reward_path else None
+    dtypes = {unet: dtype, vae: torch.float32 if dtype == torch.float16 else dtype}
+    if reward:
+        dtypes |= {reward.vision: dtype, reward.text: dtype, reward.head: torch.float32}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for model, own in dtypes.items():
+            empty(model, own)
+        yield unet, vae, reward
+
+
+def empty(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give `model` tensors without content; what is not trained in `dtype`."""
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             is_cast = tensor.is_floating_point() and not tensor.requires_grad
-            empty = torch.empty(tensor.shape, dtype=dtype if is_cast else tensor.dtype)
+            new = torch.empty(tensor.shape, dtype=dtype if is_cast else tensor.dtype)
             if isinstance(tensor, nn.Parameter):
-                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            setattr(module, name, empty)
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            setattr(module, name, new)
     model.eval()
 
 

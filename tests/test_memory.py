@@ -75,9 +75,8 @@ def test_what_needs_less_is_counted_as_less(options):
 
     full = needed()
     assert needed(low_memory=True) < needed(gradient_checkpointing=True) < full
-    assert needed(torch.bfloat16) < needed(torch.float16) < full < needed(guidance_scale=3.0)
-    assert needed(gradient_accumulation_steps=64) == needed(gradient_accumulation_steps=8)
-    assert needed(rollout_batch_size=100, gradient_accumulation_steps=100) > full
+    assert needed(torch.bfloat16) < full < needed(guidance_scale=3.0)
+    assert needed(gradient_accumulation_steps=64) == full
 
 
 def test_advice_names_options_and_what_they_need(options):

@@ -83,7 +83,7 @@ def break_at(monkeypatch, module, name, call, what=Killed):
 # A checkpoint is 3 files and their checksums; 2 are written before the end.
 KILLS = {
     "before anything is saved": (refl_lora, "rollout", 3),
-    "in the rollout": (refl_lora, "rollout", 8),
+    "in the rollout": (refl_lora, "rollout", 5),
     "in the decoder": (diffusion, "decode", 20),
     "in the update": (refl_lora.torch.nn.utils, "clip_grad_norm_", 4),
     "in the log": (refl_lora, "step_numbers", 3),

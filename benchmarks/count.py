@@ -1,0 +1,187 @@
+"""FLOPs and memory of a training step and of inference at SD-1.4's size, counted without running anything.
+
+python benchmarks/count.py                     # writes benchmarks/count.md
+
+Operations run on tensors that have a shape but no content, in the architectures of SD-1.4 and ImageReward:
+ours in refl's layers, the published step in the libraries' own, as one graph. On a GPU, CUDA itself (about
+0.5 to 0.8 GiB) and what the allocator cannot hand out come on top; `python -m refl.doctor` adds them.
+"""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+import refl_lora  # noqa: E402
+from refl import diffusion, imagereward, memory  # noqa: E402
+from refl.files import write_whole  # noqa: E402
+from refl.lean import make_lean  # noqa: E402
+
+import baseline_step  # noqa: E402
+import torch  # noqa: E402
+import tyro  # noqa: E402
+from step import flop_counter  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+STOPS = range(30, 40)  # the published ones
+TEXT_ENCODER, VAE_ENCODER = 123_060_480, 34_163_664  # weights of SD-1.4 that are not counted as they run
+
+
+@dataclass
+class Options:
+    """Count FLOPs and memory of SD-1.4 with ImageReward."""
+
+    checkpoint: str = "result/benchmarks/sd14"
+    """Weights of any content; only their shapes are read. Random ones are written if there are none."""
+    output: str = "benchmarks/count.md"
+    """Where the tables go."""
+
+
+def inputs(size: int, resolution: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, a timestep, prompt embeddings."""
+    side = resolution // 8
+    latents = torch.empty(size, 4, side, side, dtype=dtype)
+    return latents, torch.tensor(1), torch.empty(size, 77, 768, dtype=dtype)
+
+
+def score(reward: imagereward.ImageReward, pictures: torch.Tensor) -> torch.Tensor:
+    """The reward of pictures for prompts of no content."""
+    ids = torch.zeros(len(pictures), imagereward.MAX_TOKENS, dtype=torch.long)
+    pixels = imagereward.preprocess(pictures, reward.image_size)
+    return reward.score_tokens(pixels, ids, torch.ones_like(ids)).sum()
+
+
+def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
+    """TFLOP a picture of each part of our step."""
+    found = {}
+    with memory.without_content(*folders, 4, torch.float32) as (unet, vae, reward):
+        for model in (unet, vae):
+            make_lean(model)
+        lora = [p for p in unet.parameters() if p.requires_grad]
+        with flop_counter() as counter:
+
+            def lap(name: str) -> None:
+                found[name] = counter.get_total_flops() / 1e12 - sum(found.values())
+
+            with torch.no_grad():
+                unet(*inputs(1, resolution, torch.float32))
+            lap("UNet forward")
+            x0 = torch.empty(1, 4, resolution // 8, resolution // 8, requires_grad=True)
+            pictures = diffusion.decode(vae, x0)
+            lap("decode")
+            loss = score(reward, pictures.clamp(0, 1))
+            lap("reward")
+            (gradient,) = torch.autograd.grad(loss, pictures)
+            lap("reward backward")
+            torch.autograd.grad(pictures, x0, gradient)
+            lap("decode backward")
+            eps = unet(*inputs(1, resolution, torch.float32)).sample
+            lap("UNet forward with gradient")
+            torch.autograd.grad(eps, lora, torch.empty_like(eps))
+            lap("UNet backward")
+    return found
+
+
+def count_baseline(folders: tuple[str, str], resolution: int, batch_size: int, dtype: torch.dtype) -> float:
+    """GiB of the published step: all weights, and one graph from the UNet to the loss.
+
+    In half precision autocast is the CPU's; CUDA's also casts normalisations to float32, and keeps more.
+    """
+    with memory.without_content(*folders, 4, dtype) as (unet, vae, reward):
+        baseline_step.use_eager_attention(reward)
+        lora = [p for p in unet.parameters() if p.requires_grad]
+
+        def step() -> None:
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                eps = unet(*inputs(batch_size, resolution, dtype)).sample
+            pictures = diffusion.decode(vae, eps.float()).clamp(0, 1)
+            torch.autograd.grad(score(reward, pictures), lora)
+
+        weights = sum(p.nbytes for model in (unet, vae, reward) for p in model.parameters())
+        weights += 3 * sum(p.nbytes for p in lora) + (TEXT_ENCODER + VAE_ENCODER) * dtype.itemsize
+        return (weights + memory.peak_of(step)) / 2**30
+
+
+def count_inference(folders: tuple[str, str], batch_size: int, dtype: torch.dtype, is_plain: bool) -> float:
+    """GiB of drawing pictures of 512x512 with guidance; `is_plain`: all decoded at once, in `dtype`."""
+    with memory.without_content(folders[0], None, 4, dtype) as (unet, vae, _), torch.no_grad():
+        if is_plain:
+            memory.empty(vae, dtype)
+        weights = sum(p.nbytes for model in (unet, vae) for p in model.parameters())
+        weights += TEXT_ENCODER * dtype.itemsize + VAE_ENCODER * vae.dtype.itemsize
+        x0 = torch.empty(batch_size if is_plain else 1, 4, 64, 64)
+        parts = (lambda: unet(*inputs(2 * batch_size, 512, dtype)), lambda: diffusion.decode(vae, x0))
+        return (weights + max(memory.peak_of(run) for run in parts)) / 2**30
+
+
+def main() -> None:
+    """The three tables."""
+    options = tyro.cli(Options, use_underscores=True)
+    if not Path(options.checkpoint, "ImageReward.pt").exists():
+        from random_checkpoint import write_checkpoint
+
+        write_checkpoint(options.checkpoint, "full")
+    folders = f"{options.checkpoint}/stable-diffusion-v1-4", options.checkpoint
+    lines = [
+        f"Counted on {date.today().isoformat()} by `python benchmarks/count.py`, torch {torch.__version__}.",
+        "",
+        "## TFLOP a picture, by resolution",
+        "",
+    ]
+    bar = tqdm(desc="counting", unit="case", total=20)
+    flops = {}
+    for resolution in (256, 512, 768):
+        flops[resolution] = count_flops(folders, resolution)
+        forwards = sum(STOPS) / len(STOPS) + 1  # the last one gives x0
+        step = Counter(flops[resolution])
+        step["rollout"] = step.pop("UNet forward") * forwards
+        flops[resolution] |= {f"rollout, {forwards} UNet forwards": step["rollout"], "step": step.total()}
+        bar.update()
+    lines += ["| part | " + " | ".join(map(str, flops)) + " |", "|---|" + "---|" * len(flops)]
+    for part in flops[512]:
+        lines.append(f"| {part} | " + " | ".join(f"{own[part]:.3g}" for own in flops.values()) + " |")
+
+    lines += ["", "## GiB of a training step, 8 pictures an optimizer step", ""]
+    heads = "published, ported", "ours", "ours / published", "ours, `--low_memory`"
+    lines += ["| pixels | batch | precision | " + " | ".join(heads) + " |", "|---|---|---|---|---|---|---|"]
+    for resolution, precision, batch_size in (
+        *((512, precision, batch_size) for precision in DTYPES for batch_size in (1, 2, 4, 8)),
+        (256, "bf16", 1),
+        (768, "bf16", 1),
+    ):
+        train = refl_lora.Options(
+            pretrained_model_name_or_path=folders[0],
+            reward_path=folders[1],
+            train_batch_size=batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+        )
+        dtype, ours = DTYPES[precision], []
+        for train.low_memory in (False, True):
+            counted = memory.count(train, dtype, resolution)
+            ours.append(max(sum(sizes) for sizes in counted.values()))
+        baseline = count_baseline(folders, resolution, batch_size, dtype)
+        lines.append(
+            f"| {resolution} | {batch_size} | {precision} | {baseline:.2f} | {ours[0]:.2f} "
+            f"| {ours[0] / baseline:.0%} | {ours[1]:.2f} |"
+        )
+        bar.update()
+
+    lines += ["", "## GiB of inference at 512x512, guided", ""]
+    lines += ["| pictures at once | precision | plain diffusers call | ours |", "|---|---|---|---|"]
+    for batch_size, precision in ((1, "fp16"), (10, "fp16"), (10, "fp32")):
+        plain, ours = (
+            count_inference(folders, batch_size, DTYPES[precision], is_plain) for is_plain in (True, False)
+        )
+        lines.append(f"| {batch_size} | {precision} | {plain:.2f} | {ours:.2f} |")
+        bar.update()
+    write_whole(options.output, "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
