@@ -46,7 +46,7 @@ from typing import Literal
 from refl import board, checkpoints, devices, diffusion, doctor, randomness, rewards
 from refl.errors import UserError, is_first_process, run_as_command
 from refl.files import write_whole
-from refl.lean import make_lean
+from refl.lean import lora_cast_once, make_lean
 from refl.prompts import prompt_index, read_prompts
 from refl.rewards import WeightedRewards
 from refl.signals import Stopped, StopSignals
@@ -417,7 +417,7 @@ def refl_step(
     together = max(1, rollout_batch_size // len(batches[0].prompts))
     for start in range(0, len(batches), together):
         group = [batch.to(device) for batch in batches[start : start + together]]
-        with phase("rollout"), models.present(models.unet):
+        with phase("rollout"), models.present(models.unet), lora_cast_once(models.unet):
             rolled_out = rollout(models, group)
         with models.present(models.vae, *models.rewards.modules()):
             judged = [

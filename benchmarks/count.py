@@ -19,12 +19,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 import refl_lora  # noqa: E402
 from refl import diffusion, imagereward, memory  # noqa: E402
 from refl.files import write_whole  # noqa: E402
-from refl.lean import make_lean  # noqa: E402
+from refl.lean import lora_cast_once, make_lean  # noqa: E402
 
 import baseline_step  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
 from step import flop_counter  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -107,6 +109,39 @@ def count_baseline(folders: tuple[str, str], resolution: int, batch_size: int, d
         return (weights + memory.peak_of(step)) / 2**30
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations that compute or copy, each a kernel on a GPU or more, and the bytes they touch."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        known = {id(t.untyped_storage()) for t in given}
+        is_new = any(id(t.untyped_storage()) not in known for t in made)
+        if (is_new or function._schema.is_mutable) and "empty" not in str(function):
+            self.number += 1
+            self.bytes += sum(t.nbytes for t in given) + sum(t.nbytes for t in made)
+        return result
+
+
+def count_launches(folders: tuple[str, str], batch_size: int, is_lean: bool) -> tuple[int, float]:
+    """Operations of one UNet forward at 512x512 in bfloat16 without gradient, and the GB that they touch."""
+    with memory.without_content(*folders, 4, torch.bfloat16) as (unet, _, _), torch.no_grad():
+        if is_lean:
+            make_lean(unet)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=not is_lean),
+            lora_cast_once(unet),
+            Launches() as launches,
+        ):
+            unet(*inputs(batch_size, 512, torch.bfloat16))
+    return launches.number, launches.bytes / 1e9
+
+
 def count_inference(folders: tuple[str, str], batch_size: int, dtype: torch.dtype, is_plain: bool) -> float:
     """GiB of drawing pictures of 512x512 with guidance; `is_plain`: all decoded at once, in `dtype`."""
     with memory.without_content(folders[0], None, 4, dtype) as (unet, vae, _), torch.no_grad():
@@ -133,7 +168,7 @@ def main() -> None:
         "## TFLOP a picture, by resolution",
         "",
     ]
-    bar = tqdm(desc="counting", unit="case", total=20)
+    bar = tqdm(desc="counting", unit="case", total=23)
     flops = {}
     for resolution in (256, 512, 768):
         flops[resolution] = count_flops(folders, resolution)
@@ -169,6 +204,14 @@ def main() -> None:
             f"| {resolution} | {batch_size} | {precision} | {baseline:.2f} | {ours[0]:.2f} "
             f"| {ours[0] / baseline:.0%} | {ours[1]:.2f} |"
         )
+        bar.update()
+
+    lines += ["", "## One UNet forward of a rollout, bf16, 512x512", ""]
+    lines += ["| pictures | step | operations | GB touched | a picture |", "|---|---|---|---|---|"]
+    for batch_size in (1, 2, 8):
+        for name, is_lean in (("published, ported", False), ("ours", True)):
+            number, size = count_launches(folders, batch_size, is_lean)
+            lines.append(f"| {batch_size} | {name} | {number} | {size:.1f} | {size / batch_size:.1f} |")
         bar.update()
 
     lines += ["", "## GiB of inference at 512x512, guided", ""]

@@ -3,7 +3,7 @@
 import copy
 
 from refl import diffusion
-from refl.lean import FrozenConv2d, LeanResnetBlock2D, LoraLinear, make_lean, norm_silu
+from refl.lean import FrozenConv2d, LeanResnetBlock2D, LoraLinear, lora_cast_once, make_lean, norm_silu
 
 import pytest
 import torch
@@ -107,3 +107,23 @@ def test_the_lora_layer_is_that_of_peft(parts):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
     layer.enable_adapters(False)
     assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_a_lora_cast_once_is_the_lora_at_that_time(parts):
+    unet = parts.unet.bfloat16()
+    lora = diffusion.add_lora(unet, 2, 3, 0)
+    make_lean(unet)
+    arguments = torch.randn(2, 4, 8, 8).bfloat16(), torch.tensor(7), torch.randn(2, 77, 16).bfloat16()
+
+    def change():
+        for matrix in lora:
+            matrix.add_(torch.randn_like(matrix))
+
+    with torch.no_grad():
+        change()
+        alone = unet(*arguments).sample
+        with lora_cast_once(unet):
+            assert torch.equal(unet(*arguments).sample, alone)
+            change()
+            assert torch.equal(unet(*arguments).sample, alone)
+        assert not torch.equal(unet(*arguments).sample, alone)
