@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refl.errors import UserError
+from refl.lean import make_lean
 
 import torch
 from diffusers import (
@@ -253,6 +254,7 @@ def load_lora(pipeline: StableDiffusionPipeline, path: str | Path, scale: float)
             file.parent, weight_name=file.name, adapter_name="default", local_files_only=True
         )
         pipeline.set_adapters("default", scale)
+        make_lean(pipeline.unet)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -23,7 +23,7 @@ def make_lean(model: nn.Module) -> None:
             module.__class__ = FrozenConv2d
         elif type(module) is ResnetBlock2D and _is_plain(module):
             module.__class__ = LeanResnetBlock2D
-        elif type(module) is PeftLinear:
+        elif type(module) is PeftLinear and not module.lora_variant and not any(module.lora_bias.values()):
             module.__class__ = LoraLinear
 
 
