@@ -16,7 +16,7 @@ Departures from the published code, each for a reason:
   protected.
 - The gradient is taken in two stages: d loss / d x0 through reward and decoder, a few pictures at a time,
   then d x0 / d LoRA through the UNet. The same chain rule for one more UNet forward, about 2 % of a step, and
-  the two largest graphs never exist together.
+  the two largest graphs never exist together. The micro-batches of an optimizer step are rolled out together.
 - k and all noise are pure functions of (seed, step, micro-step, sample): k is the same on every process, so
   that none waits for another's longer rollout; noise never is.
 - x0 is computed, not sampled; the reward and its normalisation stay in float32; its resize is antialiased.
@@ -649,7 +649,10 @@ def main() -> None:
             key = (randomness.NOISE, options.seed, step, micro_step)
             noise = randomness.noise(key, own, (stop + 1, *noise_shape))
             chosen = batch_prompts(step, micro_step)
-            batches.append(MicroBatch(chosen, embeds(chosen), noise, stop))
+            prompt_embeds = embeds(chosen)
+            if device.type == "cuda":  # so that copying need not be waited for
+                noise, prompt_embeds = noise.pin_memory(), prompt_embeds.pin_memory()
+            batches.append(MicroBatch(chosen, prompt_embeds, noise, stop))
         return batches
 
     # ---- output

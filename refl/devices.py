@@ -46,7 +46,8 @@ def visit(device: torch.device, *models: torch.nn.Module) -> Iterator[None]:
 def pin(model: torch.nn.Module) -> None:
     """Let what `model` keeps on the CPU be memory that a GPU copies fastest."""
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.pin_memory()
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.pin_memory()
 
 
 def peak_memory(device: torch.device) -> float:
