@@ -31,6 +31,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -148,8 +149,8 @@ class Options:
     decode_batch_size: int = 1
     """Pictures decoded and scored at once; must divide --train_batch_size. Higher: more memory."""
     low_memory: bool = False
-    """Fit into 8 GB in any precision: recompute activations, decode picture by picture, and keep each frozen
-    model on the GPU only while it is used. Some time more."""
+    """For small GPUs (8 GB do at 512 pixels in any precision): recompute activations, decode picture by
+    picture, and keep each frozen model on the GPU only while it is used. Some time more."""
     rollout_batch_size: int = 8
     """Pictures rolled out at once, from as many micro-steps as it takes; more fill a large GPU better."""
     allow_tf32: bool = False
@@ -292,9 +293,15 @@ class MicroBatch:
     stop: int
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on `device`."""
-        prompt_embeds = self.prompt_embeds.to(device, non_blocking=True)
-        return replace(self, prompt_embeds=prompt_embeds, noise=self.noise.to(device, non_blocking=True))
+        """The same on `device`; a GPU copies it while it does other things."""
+        prompt_embeds, noise = self.prompt_embeds, self.noise
+        if device.type == "cuda" and noise.device.type == "cpu":
+            prompt_embeds, noise = prompt_embeds.pin_memory(), noise.pin_memory()
+        return replace(
+            self,
+            prompt_embeds=prompt_embeds.to(device, non_blocking=True),
+            noise=noise.to(device, non_blocking=True),
+        )
 
 
 @dataclass
@@ -597,7 +604,7 @@ def main() -> None:
             matrix.data = matrix.data.to(device)
         models.present = partial(devices.visit, device)
         if device.type == "cuda":
-            for model in (parts.unet, parts.vae, parts.text_encoder, *models.rewards.modules()):
+            for model in (parts.unet, parts.vae, *models.rewards.modules()):
                 devices.pin(model)
     optimizer = make_optimizer(options, models.lora)
     schedule = get_scheduler(
@@ -649,10 +656,7 @@ def main() -> None:
             key = (randomness.NOISE, options.seed, step, micro_step)
             noise = randomness.noise(key, own, (stop + 1, *noise_shape))
             chosen = batch_prompts(step, micro_step)
-            prompt_embeds = embeds(chosen)
-            if device.type == "cuda":  # so that copying need not be waited for
-                noise, prompt_embeds = noise.pin_memory(), prompt_embeds.pin_memory()
-            batches.append(MicroBatch(chosen, prompt_embeds, noise, stop))
+            batches.append(MicroBatch(chosen, embeds(chosen), noise, stop))
         return batches
 
     # ---- output
@@ -908,9 +912,11 @@ def main() -> None:
 
 def memory_advice() -> str:
     """What to do when the GPU's memory does not suffice."""
-    options = read_options(sys.argv[1:])
     if not is_first_process():
-        return ""
+        return "python -m refl.doctor, with the same options, says what others would need."
+    options = read_options(sys.argv[1:])
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    options.mixed_precision = options.mixed_precision or launched
     print("out of GPU memory; counting what other options would need ...", file=sys.stderr, flush=True)
     return doctor.memory_advice(options)
 

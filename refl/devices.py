@@ -31,12 +31,12 @@ def visit(device: torch.device, *models: torch.nn.Module) -> Iterator[None]:
     """What `models` keep elsewhere is on `device` for a block, and then where it was, as it was: it must not
     be changed there."""
     home = {}
-    for model in models:
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device != device:
-                home[tensor] = tensor.data
-                tensor.data = tensor.data.to(device, non_blocking=True)
     try:
+        for model in models:
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.device.type != device.type:
+                    home[tensor] = tensor.data
+                    tensor.data = tensor.data.to(device, non_blocking=True)
         yield
     finally:
         for tensor, data in home.items():

@@ -77,7 +77,7 @@ def load_stable_diffusion(
     except UserError:
         raise
     except Exception as error:  # of three libraries; tokenizers raises Exception itself
-        raise _not_loadable(folder, error) from error
+        raise not_loadable(folder, error) from error
     if (
         len(parts.tokenizer) != parts.text_encoder.config.vocab_size
     ):  # an empty folder makes an empty tokenizer
@@ -101,7 +101,8 @@ def _load_part(cls: type, folder: str | Path, part: str, **dtype: torch.dtype) -
     return model
 
 
-def _not_loadable(folder: str | Path, error: Exception) -> UserError:
+def not_loadable(folder: str | Path, error: Exception) -> UserError:
+    """What a library says of a model's folder, in a line."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(f"{folder} is not a Stable Diffusion model that can be loaded: {reason}")
 

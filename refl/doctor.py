@@ -281,10 +281,9 @@ def memory_advice(options: Any) -> str:
     """What to do when the GPU's memory does not suffice."""
     from refl import memory
 
-    return (
-        "Choose GPUs by CUDA_VISIBLE_DEVICES, a lower --resolution, or one of these, with what it needs:\n"
-        + memory.advice(options, *_dtype_and_resolution(options))
-    )
+    ways = memory.advice(options, *_dtype_and_resolution(options))
+    others = "Choose other GPUs by CUDA_VISIBLE_DEVICES, or a lower --resolution"
+    return f"{others}, or one of these, with what it needs:\n{ways}" if ways else f"{others}."
 
 
 def _dtype_and_resolution(options: Any) -> tuple[Any, int]:
@@ -295,7 +294,7 @@ def _dtype_and_resolution(options: Any) -> tuple[Any, int]:
     if name is None:
         gpus = range(torch.cuda.device_count())
         is_new = all(torch.cuda.get_device_capability(gpu) >= (8, 0) for gpu in gpus)
-        name = "bf16" if is_new else "fp16"
+        name = "no" if not gpus else "bf16" if is_new else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
     return dtype, resolution_of(options.pretrained_model_name_or_path, options.resolution)
 

@@ -1,8 +1,8 @@
 """GPU memory that training takes, counted beforehand and without a GPU.
 
 The parts of a step run on tensors that have a shape but no content (torch's FakeTensorMode), while every
-storage that is alive is added up. Measured on the CPU, where the same operations really run, the count agrees
-with the process's own memory to a few per cent; see benchmarks/NOTES.md.
+storage that is alive is added up. On the CPU, where the same operations really run, it agrees with the
+process's own memory: benchmarks/NOTES.md. What a GPU needs besides is an allowance, not a count.
 """
 
 import weakref
@@ -122,12 +122,16 @@ def without_content(
 ) -> Iterator[tuple[UNet2DConditionModel, AutoencoderKL, imagereward.ImageReward | None]]:
     """UNet with LoRA, VAE without encoder and ImageReward, as the libraries make them and as training loads
     them, but without content; for a block in which tensors have none."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-        for model in (unet, vae):
-            model.requires_grad_(False)
-        diffusion.add_lora(unet, rank, rank, 0)
+    try:
+        with torch.device("meta"):
+            config = UNet2DConditionModel.load_config(folder, subfolder="unet")
+            unet = UNet2DConditionModel.from_config(config)
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+            for model in (unet, vae):
+                model.requires_grad_(False)
+            diffusion.add_lora(unet, rank, rank, 0)
+    except Exception as error:  # whatever configurations of another model make of it
+        raise diffusion.not_loadable(folder, error) from error
     vae.encoder = None
     reward = imagereward.load(reward_path) if reward_path else None
     dtypes = {unet: dtype, vae: torch.float32 if dtype == torch.float16 else dtype}
@@ -158,22 +162,24 @@ def needed(options: Any, dtype: torch.dtype, resolution: int) -> float:
 
 
 def advice(options: Any, dtype: torch.dtype, resolution: int) -> str:
-    """Options that need less, with what each would need, a line each."""
+    """Options that need less, with what each would need, a line each; "" if there are none."""
     batch, steps = options.train_batch_size, options.gradient_accumulation_steps
     lowest = {"low_memory": True, "decode_batch_size": 1}
-    ways = [("--low_memory", lowest)]
-    if batch > 1:
-        text = f"--train_batch_size 1 --gradient_accumulation_steps {batch * steps}"
-        smaller = {"train_batch_size": 1, "decode_batch_size": 1}
-        smaller["gradient_accumulation_steps"] = batch * steps
-        ways += [(text, smaller), (f"--low_memory {text}", lowest | smaller)]
-    if not options.gradient_checkpointing:
-        ways.insert(0, ("--gradient_checkpointing", {"gradient_checkpointing": True}))
-    if dtype == torch.float32:
-        ways.append(("--mixed_precision bf16", {}))
-    lines = []
-    for text, changes in ways:
-        changed = SimpleNamespace(**(vars(options) | changes))
-        size = needed(changed, torch.bfloat16 if "bf16" in text else dtype, resolution)
-        lines.append(f"  {text}: {size:.1f} GiB")
+    smaller = {"train_batch_size": 1, "decode_batch_size": 1, "gradient_accumulation_steps": batch * steps}
+    text = f"--train_batch_size 1 --gradient_accumulation_steps {batch * steps}"
+    ways = {
+        "--gradient_checkpointing": ({"gradient_checkpointing": True}, dtype),
+        "--low_memory": (lowest, dtype),
+        text: (smaller, dtype),
+        f"--low_memory {text}": (lowest | smaller, dtype),
+        "--mixed_precision bf16 (Ampere or newer)": ({}, torch.bfloat16),
+        "--mixed_precision fp16": ({}, torch.float16),
+    }
+    now, lines = needed(options, dtype, resolution), []
+    for name, (changes, other) in ways.items():
+        changed = vars(options) | changes
+        if changed == vars(options) and other == dtype:
+            continue
+        if (size := needed(SimpleNamespace(**changed), other, resolution)) < now - 0.05:
+            lines.append(f"  {name}: {size:.1f} GiB")
     return "\n".join(lines)
