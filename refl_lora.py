@@ -88,6 +88,8 @@ class Options:
     """Prompts never trained on; the first --num_validation_images of them are drawn again and again."""
     output_dir: str = "checkpoint/refl_lora"
     """Where the LoRA, the options and the logs go."""
+    also_kohya: bool = False
+    """Write the LoRA in kohya's format as well, for A1111 and ComfyUI: kohya_lora.safetensors."""
     resolution: int | None = None
     """Pixels a side of the pictures; None: the model's own (512 for SD-1.4)."""
 
@@ -200,10 +202,10 @@ def _as_argument(name: str, value: str | int | float | bool | None) -> str:
 
 
 # Options that the LoRA does not depend on, or only to rounding.
-HARMLESS = """options_file check output_dir prompts train_batch_size decode_batch_size rollout_batch_size
-    gradient_checkpointing low_memory checkpointing_steps checkpoints_total_limit resume_from_checkpoint
-    allow_changed_options max_nonfinite_steps validation_prompts validation_steps num_validation_images
-    logging_dir report_to""".split()
+HARMLESS = """options_file check output_dir also_kohya prompts train_batch_size decode_batch_size
+    rollout_batch_size gradient_checkpointing low_memory checkpointing_steps checkpoints_total_limit
+    resume_from_checkpoint allow_changed_options max_nonfinite_steps validation_prompts validation_steps
+    num_validation_images logging_dir report_to""".split()
 
 
 def what_decides(options: Options, accelerator: Accelerator, prompts: list[str]) -> dict:
@@ -566,6 +568,8 @@ def main() -> None:
     def save_lora(content: bytes) -> None:
         try:
             write_whole(output / diffusion.LORA_FILE, content)
+            if options.also_kohya:
+                write_whole(output / diffusion.KOHYA_FILE, diffusion.to_kohya(content))
             write_whole(output / "options.json", json.dumps(saved_options, indent=2) + "\n")
         except OSError as error:
             raise UserError(
@@ -575,7 +579,8 @@ def main() -> None:
     if checkpoint and progress.step >= options.max_train_steps:
         if accelerator.is_main_process:  # it may have been ended between its last checkpoint and its LoRA
             file = output / diffusion.LORA_FILE
-            if not file.exists() or file.read_bytes() != checkpoint[diffusion.LORA_FILE]:
+            is_kohya_missing = options.also_kohya and not (output / diffusion.KOHYA_FILE).exists()
+            if is_kohya_missing or not file.exists() or file.read_bytes() != checkpoint[diffusion.LORA_FILE]:
                 save_lora(checkpoint[diffusion.LORA_FILE])
             print(f"finished before: {progress.step} steps; LoRA in {file}")
         return

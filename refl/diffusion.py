@@ -23,7 +23,7 @@ from diffusers import (
 )
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention, self and cross
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds it in a folder
+KOHYA_FILE = "kohya_lora.safetensors"
 METADATA_KEY = "refl"  # our entry of the file's metadata, JSON
 
 SAMPLERS = {
@@ -193,14 +194,41 @@ def pack_lora(unet: UNet2DConditionModel, metadata: dict) -> bytes:
     `metadata` goes into the file beside what diffusers needs to restore rank and alpha.
     """
     adapter = {f"unet.{key}": value for key, value in unet.peft_config["default"].to_dict().items()}
-    content = save(
-        {key: value.detach().cpu().contiguous() for key, value in _lora_weights(unet).items()},
-        metadata={
-            "format": "pt",
-            LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True, default=sorted),
-            METADATA_KEY: json.dumps(metadata, sort_keys=True),
-        },
-    )
+    about = {
+        LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True, default=sorted),
+        METADATA_KEY: json.dumps(metadata, sort_keys=True),
+    }
+    return _pack(_lora_weights(unet), about)
+
+
+def to_kohya(content: bytes) -> bytes:
+    """What `pack_lora` made, in kohya's format, which A1111 and ComfyUI read as well."""
+    length = int.from_bytes(content[:8], "little")
+    about = json.loads(content[8 : 8 + length])["__metadata__"]
+    adapter = json.loads(about[LORA_ADAPTER_METADATA_KEY])
+    rank, alpha = adapter["unet.r"], float(adapter["unet.lora_alpha"])
+    names = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B."}  # what the converter takes
+    weights = load(content)
+    for theirs, peft in names.items():
+        weights = {key.replace(theirs, peft): value for key, value in weights.items()}
+    weights = convert_state_dict_to_kohya(weights)
+    for key in weights:
+        if key.endswith(".alpha"):  # the converter writes the rank
+            weights[key] = torch.tensor(alpha)
+    about = {
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_alpha": str(alpha),
+        "ss_network_dim": str(rank),
+        "ss_network_module": "networks.lora",
+        METADATA_KEY: about[METADATA_KEY],
+    }
+    return _pack(weights, about)
+
+
+def _pack(weights: dict[str, Tensor], about: dict[str, str]) -> bytes:
+    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    content = save(tensors, metadata={"format": "pt"} | about)
     # safetensors writes the metadata in random order.
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()

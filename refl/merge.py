@@ -1,0 +1,78 @@
+"""A Stable Diffusion folder with a LoRA merged into its UNet, for whatever cannot load LoRAs.
+
+python -m refl.merge --lora_path checkpoint/refl_lora --output_dir checkpoint/merged
+python -m refl.merge --lora_scale 0.5 --output_dir checkpoint/half_merged
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from refl import diffusion, doctor
+from refl.errors import UserError, run_as_command
+
+import torch
+import tyro
+from safetensors import safe_open
+
+
+@dataclass
+class Options:
+    """Write a copy of a model with a LoRA merged into it."""
+
+    pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
+    """Folder of the model, in diffusers' layout."""
+    lora_path: str = "checkpoint/refl_lora"
+    """A LoRA for this model, file or folder: ours, diffusers' or kohya's format."""
+    lora_scale: float = 1.0
+    """How much of the LoRA to merge."""
+    output_dir: str = "checkpoint/merged"
+    """A new folder; it is there when it is whole."""
+
+
+def merge(options: Options) -> Path:
+    """Write the folder; its UNet keeps the precision of the model's. Raises `UserError`."""
+    source, output = Path(options.pretrained_model_name_or_path), Path(options.output_dir)
+    doctor.check_weights(source, None)
+    doctor.check_model(source, 1)
+    if os.path.lexists(output):
+        raise UserError(f"--output_dir {output} exists; name a new folder.")
+    doctor.check_output_folder(output)
+    pipeline = diffusion.load_pipeline(source, "ddpm", torch.float32, "cpu")
+    diffusion.load_lora(pipeline, options.lora_path, 1.0)
+    pipeline.fuse_lora(lora_scale=options.lora_scale)
+    pipeline.unload_lora_weights()
+    unet = pipeline.unet.to(dtype=_dtype(source / "unet"), memory_format=torch.contiguous_format)
+
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        is_weight = shutil.ignore_patterns("diffusion_pytorch_model*")
+        shutil.copytree(source, partial, ignore=lambda folder, names: (
+            is_weight(folder, names) if Path(folder) == source / "unet" else set()
+        ))  # fmt: skip
+        unet.save_pretrained(partial / "unet")
+        partial.rename(output)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{output} cannot be written: {error}.") from error
+    return output
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    """Of the weights in a folder of safetensors; float32 for other files."""
+    for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(next(iter(tensors.keys()))).dtype
+    return torch.float32
+
+
+def main() -> None:
+    """Merge as asked."""
+    options = tyro.cli(Options, prog="python -m refl.merge", use_underscores=True)
+    print(f"{options.lora_path} x {options.lora_scale:g} merged into {merge(options)}")
+
+
+if __name__ == "__main__":
+    run_as_command(main)

@@ -1,0 +1,88 @@
+"""The LoRA in other people's programs: kohya's format, and merged into a model."""
+
+import refl_lora
+from refl import diffusion, merge
+from refl.errors import UserError
+
+import pytest
+import torch
+from conftest import save_lora
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_scripts import run_in_process
+
+
+@pytest.fixture
+def lora_file(parts, tmp_path):
+    """A LoRA of rank 2 and alpha 3 that does something."""
+    lora = diffusion.add_lora(parts.unet, 2, 3, 0)
+    with torch.no_grad():
+        for matrix in lora:
+            matrix.copy_(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+    (tmp_path / "lora").mkdir()
+    return save_lora(parts.unet, tmp_path / "lora", {"step": 7})
+
+
+def picture(model, lora=None, scale=1.0):
+    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+    if lora:
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="own")
+        pipeline.set_adapters("own", scale)
+    pipeline.set_progress_bar_config(disable=True)
+    return torch.tensor(
+        pipeline("a fox", num_inference_steps=3, generator=torch.manual_seed(0), output_type="np").images
+    )
+
+
+def test_kohyas_format_draws_the_same_pictures(lora_file, tiny, tmp_path):
+    model, kohya = tiny / "stable-diffusion-v1-4", tmp_path / "kohya.safetensors"
+    kohya.write_bytes(diffusion.to_kohya(lora_file.read_bytes()))
+    ours, theirs, base = picture(model, lora_file), picture(model, kohya), picture(model)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    assert (ours - base).abs().max() > 0.01
+    weights = load_file(kohya)
+    assert {value.item() for key, value in weights.items() if key.endswith(".alpha")} == {3.0}
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
+    assert weights[key].shape == (2, 8)
+    assert len(weights) == 3 * len(load_file(lora_file)) / 2
+    with safe_open(kohya, "pt") as file:
+        about = file.metadata()
+    assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("2", "3.0")
+    assert diffusion.read_metadata(kohya) == {"step": 7}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_merged_model_draws_what_the_lora_drew(lora_file, tiny, tmp_path, scale):
+    model, output = tiny / "stable-diffusion-v1-4", tmp_path / "merged"
+    merge.merge(merge.Options(str(model), str(lora_file), scale, str(output)))
+    assert {path.name for path in output.iterdir()} == {path.name for path in model.iterdir()}
+    weights = load_file(output / "unet/diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float16}  # as the model's
+    wanted, base = picture(model, lora_file, scale), picture(model)
+    merged = picture(output)
+    assert (merged - wanted).abs().max() < 0.1 * (wanted - base).abs().max()  # float16 rounds the weights
+    with pytest.raises(UserError, match="exists; name a new folder"):
+        merge.merge(merge.Options(str(model), str(lora_file), scale, str(output)))
+
+
+def test_a_merge_that_cannot_be(lora_file, tiny, tmp_path, monkeypatch):
+    model = str(tiny / "stable-diffusion-v1-4")
+    with pytest.raises(UserError, match="no LoRA at"):
+        merge.merge(merge.Options(model, str(tmp_path / "none"), 1.0, str(tmp_path / "merged")))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merge.shutil, "copytree", full)
+    with pytest.raises(UserError, match="merged cannot be written: .*No space"):
+        merge.merge(merge.Options(model, str(lora_file), 1.0, str(tmp_path / "merged")))
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_training_writes_kohyas_format_when_asked(training_options, tmp_path, monkeypatch):
+    run_in_process(refl_lora, monkeypatch, *training_options)
+    file = tmp_path / "out" / diffusion.KOHYA_FILE
+    assert not file.exists()
+    run_in_process(refl_lora, monkeypatch, *training_options, "--also_kohya")  # of a run that is finished
+    assert file.read_bytes() == diffusion.to_kohya((tmp_path / "out" / diffusion.LORA_FILE).read_bytes())
