@@ -3,6 +3,7 @@
 python -m refl.launch --multi_gpu --num_processes 2 refl_lora.py ...
 """
 
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 def main() -> None:
     """Launch; what went wrong was said by the process in which it did, unless that was killed."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # of those not asking LOGLEVEL
     # The launcher passes SIGTERM and SIGINT on to its processes; SLURM's warning before its time limit too.
     signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
