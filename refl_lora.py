@@ -339,16 +339,17 @@ def rollout(models: Models, batches: Sequence[MicroBatch]) -> list[tuple[Tensor,
     latents = torch.cat([batch.noise[:, 0] for batch in going])
     prompt_embeds = torch.cat([batch.prompt_embeds for batch in going], dim=-3)
     found = {}
-    for index in range(going[0].stop + 1):
-        eps = predict_noise(models, latents, index, prompt_embeds)
-        while going and going[-1].stop == index:
-            size = len(going[-1].prompts)
-            x0 = models.ddpm.predict_x0(latents[-size:], eps[-size:], index)
-            found[id(going.pop())] = latents[-size:], x0
-            latents, eps, prompt_embeds = latents[:-size], eps[:-size], prompt_embeds[..., :-size, :, :]
-        if going:
-            noise = torch.cat([batch.noise[:, index + 1] for batch in going])
-            latents = models.ddpm.step(latents, eps, index, noise)
+    with models.present(models.unet), lora_cast_once(models.unet):
+        for index in range(going[0].stop + 1):
+            eps = predict_noise(models, latents, index, prompt_embeds)
+            while going and going[-1].stop == index:
+                size = len(going[-1].prompts)
+                x0 = models.ddpm.predict_x0(latents[-size:], eps[-size:], index)
+                found[id(going.pop())] = latents[-size:], x0
+                latents, eps, prompt_embeds = latents[:-size], eps[:-size], prompt_embeds[..., :-size, :, :]
+            if going:
+                noise = torch.cat([batch.noise[:, index + 1] for batch in going])
+                latents = models.ddpm.step(latents, eps, index, noise)
     return [found[id(batch)] for batch in batches]
 
 
@@ -426,7 +427,7 @@ def refl_step(
     together = max(1, rollout_batch_size // len(batches[0].prompts))
     for start in range(0, len(batches), together):
         group = [batch.to(device) for batch in batches[start : start + together]]
-        with phase("rollout"), models.present(models.unet), lora_cast_once(models.unet):
+        with phase("rollout"):
             rolled_out = rollout(models, group)
         with models.present(models.vae, *models.rewards.modules()):
             judged = [
@@ -459,8 +460,7 @@ def validate(
         chosen = [prompts[index] for index in indices]
         noise = randomness.noise((randomness.VALIDATION, seed), indices, (last + 1, *noise_shape))
         batch = MicroBatch(chosen, embeds(chosen), noise, last).to(device)
-        with models.present(models.unet):
-            [(_, x0)] = rollout(models, [batch])
+        [(_, x0)] = rollout(models, [batch])
         with models.present(models.vae, *models.rewards.modules()):
             for latent, prompt in zip(x0, chosen, strict=True):
                 picture = diffusion.decode(models.vae, latent[None]).clamp(0, 1)
@@ -551,9 +551,7 @@ def main() -> None:
         return
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.mixed_precision)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
-        accelerator.mixed_precision
-    ]
+    weight_dtype = devices.DTYPES[accelerator.mixed_precision]
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, no GPU being visible"
@@ -565,11 +563,16 @@ def main() -> None:
         name: value for name, value in dataclasses.asdict(options).items() if name != "options_file"
     }
 
+    def lora_files(content: bytes) -> dict[Path, bytes]:
+        files = {output / diffusion.LORA_FILE: content}
+        if options.also_kohya:
+            files[output / diffusion.KOHYA_FILE] = diffusion.to_kohya(content)
+        return files
+
     def save_lora(content: bytes) -> None:
         try:
-            write_whole(output / diffusion.LORA_FILE, content)
-            if options.also_kohya:
-                write_whole(output / diffusion.KOHYA_FILE, diffusion.to_kohya(content))
+            for file, own in lora_files(content).items():
+                write_whole(file, own)
             write_whole(output / "options.json", json.dumps(saved_options, indent=2) + "\n")
         except OSError as error:
             raise UserError(
@@ -578,11 +581,12 @@ def main() -> None:
 
     if checkpoint and progress.step >= options.max_train_steps:
         if accelerator.is_main_process:  # it may have been ended between its last checkpoint and its LoRA
-            file = output / diffusion.LORA_FILE
-            is_kohya_missing = options.also_kohya and not (output / diffusion.KOHYA_FILE).exists()
-            if is_kohya_missing or not file.exists() or file.read_bytes() != checkpoint[diffusion.LORA_FILE]:
-                save_lora(checkpoint[diffusion.LORA_FILE])
-            print(f"finished before: {progress.step} steps; LoRA in {file}")
+            content = checkpoint[diffusion.LORA_FILE]
+            if any(
+                not file.exists() or file.read_bytes() != own for file, own in lora_files(content).items()
+            ):
+                save_lora(content)
+            print(f"finished before: {progress.step} steps; LoRA in {output / diffusion.LORA_FILE}")
         return
     if checkpoint:
         accelerator.print(f"going on after step {progress.step}")

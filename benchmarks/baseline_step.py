@@ -9,6 +9,7 @@ float32 under autocast. Noise and stop index are given, so that it draws the sam
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -52,7 +53,9 @@ def baseline_step(
 ) -> float:
     """One optimizer step of micro-batches (prompts, noise (B, > stop, C, h, w), stop); its mean loss."""
     parameters = [p for p in models.unet.parameters() if p.requires_grad]
-    accelerator, device, losses = models.accelerator, models.unet.device, []
+    accelerator, device, dtype, losses = models.accelerator, models.unet.device, models.unet.dtype, []
+    # As accelerate's, which has none for float16 on the CPU.
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     models.optimizer.zero_grad()
     for prompts, noise, stop in batches:
         noise = noise.to(device)
@@ -65,11 +68,11 @@ def baseline_step(
         timesteps, latents = models.scheduler.timesteps, noise[:, 0]
         with phase("rollout"), torch.no_grad():
             for index, t in enumerate(timesteps[:stop]):
-                with accelerator.autocast():
+                with autocast():
                     eps = models.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
                 latents = _scheduler_step(models.scheduler, eps, t, latents, noise[:, index + 1]).prev_sample
         with phase("grad_step"):
-            with accelerator.autocast():
+            with autocast():
                 eps = models.unet(latents, timesteps[stop], encoder_hidden_states=prompt_embeds).sample
             unused = noise[:, stop]  # the published step draws this noise for nothing
             x0 = _scheduler_step(models.scheduler, eps, timesteps[stop], latents, unused).pred_original_sample

@@ -17,19 +17,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import refl_lora  # noqa: E402
-from refl import diffusion, imagereward, memory  # noqa: E402
+from refl import diffusion, memory  # noqa: E402
+from refl.drawing import DTYPES  # noqa: E402
 from refl.files import write_whole  # noqa: E402
 from refl.lean import lora_cast_once, make_lean  # noqa: E402
 
 import baseline_step  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
+from random_checkpoint import write_checkpoint  # noqa: E402
 from step import flop_counter  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STOPS = range(30, 40)  # the published ones
 TEXT_ENCODER, VAE_ENCODER = 123_060_480, 34_163_664  # weights of SD-1.4 that are not counted as they run
 
@@ -51,13 +52,6 @@ def inputs(size: int, resolution: int, dtype: torch.dtype) -> tuple[torch.Tensor
     return latents, torch.tensor(1), torch.empty(size, 77, 768, dtype=dtype)
 
 
-def score(reward: imagereward.ImageReward, pictures: torch.Tensor) -> torch.Tensor:
-    """The reward of pictures for prompts of no content."""
-    ids = torch.zeros(len(pictures), imagereward.MAX_TOKENS, dtype=torch.long)
-    pixels = imagereward.preprocess(pictures, reward.image_size)
-    return reward.score_tokens(pixels, ids, torch.ones_like(ids)).sum()
-
-
 def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
     """TFLOP a picture of each part of our step."""
     found = {}
@@ -76,7 +70,7 @@ def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
             x0 = torch.empty(1, 4, resolution // 8, resolution // 8, requires_grad=True)
             pictures = diffusion.decode(vae, x0)
             lap("decode")
-            loss = score(reward, pictures.clamp(0, 1))
+            loss = memory.score(reward, pictures.clamp(0, 1))
             lap("reward")
             (gradient,) = torch.autograd.grad(loss, pictures)
             lap("reward backward")
@@ -102,7 +96,7 @@ def count_baseline(folders: tuple[str, str], resolution: int, batch_size: int, d
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 eps = unet(*inputs(batch_size, resolution, dtype)).sample
             pictures = diffusion.decode(vae, eps.float()).clamp(0, 1)
-            torch.autograd.grad(score(reward, pictures), lora)
+            torch.autograd.grad(memory.score(reward, pictures), lora)
 
         weights = sum(p.nbytes for model in (unet, vae, reward) for p in model.parameters())
         weights += 3 * sum(p.nbytes for p in lora) + (TEXT_ENCODER + VAE_ENCODER) * dtype.itemsize
@@ -158,8 +152,6 @@ def main() -> None:
     """The three tables."""
     options = tyro.cli(Options, use_underscores=True)
     if not Path(options.checkpoint, "ImageReward.pt").exists():
-        from random_checkpoint import write_checkpoint
-
         write_checkpoint(options.checkpoint, "full")
     folders = f"{options.checkpoint}/stable-diffusion-v1-4", options.checkpoint
     lines = [

@@ -10,6 +10,7 @@ is its exact architecture with random weights, written to --checkpoint on the fi
 table and a plot go to --output_dir.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -21,15 +22,31 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
+import refl_lora  # noqa: E402
+from refl import devices, diffusion, imagereward, lean, prompts, randomness, rewards  # noqa: E402
+from refl.board import Phases  # noqa: E402
+from refl.drawing import DTYPES  # noqa: E402
 from refl.files import write_whole  # noqa: E402
 
+import baseline_step  # noqa: E402
+import torch  # noqa: E402
 import tyro  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from diffusers import DDPMScheduler  # noqa: E402
+from random_checkpoint import write_checkpoint  # noqa: E402
+from torch.utils.flop_counter import (  # noqa: E402
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 from tqdm import tqdm  # noqa: E402
 
 PHASES = ("text", "rollout", "grad_step", "decode", "reward", "backward", "optimizer")
@@ -50,16 +67,16 @@ VARIANTS = {
 class Options:
     """Our training step against the published one."""
 
-    size: str = "demo"
+    size: Literal["demo", "sd14"] = "demo"
     """demo: the bundled world; sd14: SD-1.4's and ImageReward's architectures with random weights."""
     resolutions: tuple[int, ...] = (0,)
     """Pixels a side; 0: the model's own."""
     batch_sizes: tuple[int, ...] = (2,)
     """Pictures of a micro-batch."""
-    precisions: tuple[str, ...] = ("fp32",)
-    """Of the frozen parts: bf16, fp16, fp32."""
-    variants: tuple[str, ...] = ("ours", "baseline")
-    """What to compare; ratios are to the first."""
+    precisions: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("fp32",)
+    """Of the frozen parts."""
+    variants: tuple[Literal[tuple(VARIANTS)], ...] = ("ours", "baseline")
+    """What to compare; ratios are to the first. What each is, is said at the top of step.py."""
     gradient_accumulation_steps: int = 4
     """Micro-batches of an optimizer step."""
     rollout_batch_size: int = 8
@@ -96,8 +113,6 @@ class Case:
 
 def serve(variant: str, options: Options, case: Case, pipe) -> None:
     """Load a variant; then one optimizer step for each word that comes through the pipe."""
-    import torch
-
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -114,22 +129,12 @@ class Step:
     """A variant, ready to do one optimizer step after another."""
 
     def __init__(self, variant: str, options: Options, case: Case):
-        import refl_lora
-        from refl import diffusion, imagereward, lean, prompts, randomness, rewards
-
-        import baseline_step
-        import torch
-        from accelerate import Accelerator
-        from diffusers import DDPMScheduler
-
-        self.torch, self.variant = torch, variant
+        self.variant = variant
         self.is_compiled = variant in ("torch_compile", "cuda_graphs")
         precision = {"fp32": "no"}.get(case.precision, case.precision)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
         self.device = device = self.accelerator.device
-        self.dtype = dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
-            case.precision
-        ]
+        self.dtype = dtype = DTYPES[case.precision]
         folder = Path("demo/checkpoint" if options.size == "demo" else options.checkpoint)
         parts = diffusion.load_stable_diffusion(folder / "stable-diffusion-v1-4", dtype, device)
         lora = diffusion.add_lora(parts.unet, 4, 4, 0)
@@ -180,14 +185,13 @@ class Step:
             )  # fmt: skip
             return
         parts.text_encoder = parts.vae.encoder = None
-        if variant == "peft_lora":
-            linear = lean.LoraLinear
-            lean.LoraLinear = lean.PeftLinear
         if variant != "no_lean":
             for model in (parts.unet, parts.vae):
                 lean.make_lean(model)
         if variant == "peft_lora":
-            lean.LoraLinear = linear
+            for module in parts.unet.modules():
+                if type(module) is lean.LoraLinear:
+                    module.__class__ = lean.PeftLinear
         self.models = refl_lora.Models(
             parts.unet, lora, parts.vae,
             rewards.WeightedRewards({"imagereward": reward}, {"imagereward": 1.0}),
@@ -206,10 +210,6 @@ class Step:
 
     def ours(self, batches: list, phase) -> float:
         """Our step as refl_lora.py does it: sum of the micro-batches' gradients, clip, AdamW."""
-        import refl_lora
-
-        import torch
-
         gradients, losses = [torch.zeros_like(matrix) for matrix in self.lora], []
         with torch.autocast(self.device.type, self.dtype, enabled=self.variant == "peft_lora"
                             and self.dtype != torch.float32):  # fmt: skip
@@ -230,7 +230,6 @@ class Step:
 
     def __call__(self) -> dict:
         """One optimizer step: seconds and FLOPs by phase, peak memory, loss, the LoRA's norm."""
-        torch = self.torch
         batches, first = self.micro_batches(self.index), self.index == 0
         self.index += 1
         clock = Clock(self.device, count_flops=first and not self.is_compiled)
@@ -256,8 +255,6 @@ class Step:
 
 def flop_counter():
     """torch's, which does not know the CPU's attention."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     def forward(query, key, value, *_, out_shape=None, **__) -> int:
         return sdpa_flop_count(query, key, value)
@@ -277,8 +274,6 @@ class Clock:
     """Seconds and, if so asked, FLOPs of each phase."""
 
     def __init__(self, device, count_flops: bool):
-        from refl.board import Phases
-
         self.phases = Phases(device)
         self.flops = defaultdict(int)
         self.counter = flop_counter() if count_flops else None
@@ -305,29 +300,22 @@ class Clock:
 
 
 def synchronize(device) -> None:
-    import torch
-
+    """Wait for the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def reset_peak_memory(device) -> None:
     """Start anew what `peak_memory` returns; on Linux's CPU as well."""
-    import torch
-
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        import ctypes
-
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device) -> float:
     """GiB: the most that torch's allocator held on a GPU, or that the process held."""
-    from refl import devices
-
     if device.type != "cuda" and sys.platform == "linux":
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) / 2**20
@@ -336,8 +324,6 @@ def peak_memory(device) -> float:
 
 def matmul_rate(device, dtype) -> float:
     """FLOP/s of a large matrix product in `dtype`, the best of three."""
-    import torch
-
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -473,8 +459,6 @@ def plot(results: list[dict], path: Path) -> None:
 
 def machine() -> str:
     """What this was measured on."""
-    import torch
-
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"CPU, {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"
@@ -483,15 +467,10 @@ def machine() -> str:
 def main() -> None:
     """Weights if there are none; each case; results."""
     os.chdir(ROOT)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Memory that is freed goes back to the system, so that the peak is that of one step.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     options = tyro.cli(Options, use_underscores=True)
-    if unknown := set(options.variants) - VARIANTS.keys():
-        sys.exit(f"--variants {' '.join(unknown)}: there are {', '.join(VARIANTS)}")
     if options.size == "sd14" and not Path(options.checkpoint, "ImageReward.pt").exists():
-        from random_checkpoint import write_checkpoint
-
         print(f"writing random weights to {options.checkpoint}")
         write_checkpoint(options.checkpoint, "full")
     output, results = Path(options.output_dir), []
@@ -512,7 +491,10 @@ def main() -> None:
         heading = f"{report['date']}, {report['machine']}: `{report['command']}`"
         write_whole(output / "table.md", f"{heading}\n\n{table(results)}")
     print((output / "table.md").read_text())
-    plot(results, output / "plot.png")
+    if find_spec("matplotlib"):
+        plot(results, output / "plot.png")
+    else:
+        print("no plot: pip install -r benchmarks/requirements.txt")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from refl.errors import UserError
 
 import torch
 
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's names
+
 
 def find(name: str | None) -> torch.device:
     """The device of a name such as "cuda:1" or "cpu"; None: a GPU if there is one. Raises `UserError`."""

@@ -256,13 +256,13 @@ def check_devices(options: Any) -> str:
 
 def check_memory(options: Any) -> str:
     """The GPUs' free memory, and whether the options fit into it. Takes some of it until the process ends."""
-    from refl import memory
+    from refl import memory, rewards
 
     import torch
 
     size = memory.needed(options, *_dtype_and_resolution(options))
     texts = [f"about {size:.1f} GiB needed"]
-    if others := [name for name in options.reward.split(",") if not name.strip().startswith("imagereward")]:
+    if others := [name for name in rewards.parse(options.reward) if name != "imagereward"]:
         texts[0] += f" besides what {', '.join(others)} takes"
     for gpu in range(torch.cuda.device_count()):
         try:
@@ -288,6 +288,8 @@ def memory_advice(options: Any) -> str:
 
 def _dtype_and_resolution(options: Any) -> tuple[Any, int]:
     """Of the frozen models and the pictures: as asked for, as launched, or as train_refl_lora.sh chooses."""
+    from refl import devices
+
     import torch
 
     name = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
@@ -295,8 +297,7 @@ def _dtype_and_resolution(options: Any) -> tuple[Any, int]:
         gpus = range(torch.cuda.device_count())
         is_new = all(torch.cuda.get_device_capability(gpu) >= (8, 0) for gpu in gpus)
         name = "no" if not gpus else "bf16" if is_new else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
-    return dtype, resolution_of(options.pretrained_model_name_or_path, options.resolution)
+    return devices.DTYPES[name], resolution_of(options.pretrained_model_name_or_path, options.resolution)
 
 
 def check_port(options: Any) -> str:

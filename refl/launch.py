@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 
-os.environ.setdefault("LOGLEVEL", "CRITICAL")  # what matters is said by the processes
 # Seconds that processes get, once told to stop, to finish their step and save it.
 os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
 
@@ -19,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 def main() -> None:
     """Launch; what went wrong was said by the process in which it did, unless that was killed."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # of those not asking LOGLEVEL
+    logging.disable()  # what matters is said by the processes
     # The launcher passes SIGTERM and SIGINT on to its processes; SLURM's warning before its time limit too.
     signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:

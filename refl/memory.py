@@ -8,8 +8,8 @@ process's own memory: benchmarks/NOTES.md. What a GPU needs besides is an allowa
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from refl import diffusion, imagereward, rewards
@@ -87,12 +87,7 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
             size = options.decode_batch_size
             x0 = torch.empty(size, unet.config.in_channels, side, side, requires_grad=True)
             pictures = diffusion.decode(vae, x0).clamp(0, 1)
-            score = pictures.mean()
-            if reward:
-                ids = torch.zeros(size, imagereward.MAX_TOKENS, dtype=torch.long)
-                pixels = imagereward.preprocess(pictures, reward.image_size)
-                score = reward.score_tokens(pixels, ids, torch.ones_like(ids)).sum()
-            torch.autograd.grad(score, x0)
+            torch.autograd.grad(score(reward, pictures) if reward else pictures.mean(), x0)
 
         def gradient() -> None:
             eps = predict_noise(options.train_batch_size)
@@ -143,6 +138,13 @@ def without_content(
         yield unet, vae, reward
 
 
+def score(reward: imagereward.ImageReward, pictures: Tensor) -> Tensor:
+    """The sum of the rewards, (), of pictures (B, 3, H, W) for prompts of no content."""
+    ids = torch.zeros(len(pictures), imagereward.MAX_TOKENS, dtype=torch.long)
+    pixels = imagereward.preprocess(pictures, reward.image_size)
+    return reward.score_tokens(pixels, ids, torch.ones_like(ids)).sum()
+
+
 def empty(model: nn.Module, dtype: torch.dtype) -> None:
     """Give `model` tensors without content; what is not trained in `dtype`."""
     for module in model.modules():
@@ -177,9 +179,9 @@ def advice(options: Any, dtype: torch.dtype, resolution: int) -> str:
     }
     now, lines = needed(options, dtype, resolution), []
     for name, (changes, other) in ways.items():
-        changed = vars(options) | changes
-        if changed == vars(options) and other == dtype:
+        changed = replace(options, **changes)
+        if changed == options and other == dtype:
             continue
-        if (size := needed(SimpleNamespace(**changed), other, resolution)) < now - 0.05:
+        if (size := needed(changed, other, resolution)) < now - 0.05:
             lines.append(f"  {name}: {size:.1f} GiB")
     return "\n".join(lines)

@@ -61,8 +61,9 @@ def merge(options: Options) -> Path:
 
 
 def _dtype(folder: Path) -> torch.dtype:
-    """Of the weights in a folder of safetensors; float32 for other files."""
-    for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+    """Of the weights that are loaded from a folder; float32 where they are not safetensors."""
+    whole, parts = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors"
+    for file in (*folder.glob(whole), *folder.glob(parts)):
         with safe_open(file, framework="pt") as tensors:
             return tensors.get_tensor(next(iter(tensors.keys()))).dtype
     return torch.float32
