@@ -22,7 +22,6 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -41,6 +40,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from diffusers import DDPMScheduler  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from random_checkpoint import write_checkpoint  # noqa: E402
 from torch.utils.flop_counter import (  # noqa: E402
     FlopCounterMode,
@@ -431,11 +431,6 @@ def table(results: list[dict]) -> str:
 
 def plot(results: list[dict], path: Path) -> None:
     """Time and memory against batch size, a line for each variant, precision and resolution."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     lines = defaultdict(list)
     for result in results:
         for name, own in result["variants"].items():
@@ -443,7 +438,8 @@ def plot(results: list[dict], path: Path) -> None:
                 label = f"{name}, {result['resolution'] or 'own size'}, {result['precision']}"
                 total = own["seconds_per_picture"]["total"]
                 lines[label].append((result["batch_size"], total, own["peak_gib"]))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2)
     for label, points in lines.items():
         batch_sizes, seconds, memory = zip(*sorted(points), strict=True)
         style = "--" if label.startswith("baseline") else "-"
@@ -491,10 +487,7 @@ def main() -> None:
         heading = f"{report['date']}, {report['machine']}: `{report['command']}`"
         write_whole(output / "table.md", f"{heading}\n\n{table(results)}")
     print((output / "table.md").read_text())
-    if find_spec("matplotlib"):
-        plot(results, output / "plot.png")
-    else:
-        print("no plot: pip install -r benchmarks/requirements.txt")
+    plot(results, output / "plot.png")
 
 
 if __name__ == "__main__":

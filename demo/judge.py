@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import world
 from PIL import Image
+from torch import Tensor
 
 MAX_DISTANCE = (
     75  # from a palette colour in RGB, 0 to 255, to be of that colour; the palettes are further apart
@@ -65,6 +67,32 @@ def grade(pictures: Sequence[np.ndarray | Image.Image], prompts: Sequence[str]) 
         for attribute in world.ATTRIBUTES
     }
     return right | {"all_right": np.logical_and.reduce(list(right.values()))}
+
+
+def all_right(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """1 for pictures (B, 3, H, W) in [0, 1] that are right in everything, else 0, as a reward: (B,). No
+    gradient."""
+    return _verdicts("all_right", images, prompts)
+
+
+def colour(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The same for the colour alone."""
+    return _verdicts("colour", images, prompts)
+
+
+def shape(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The same for the shape alone."""
+    return _verdicts("shape", images, prompts)
+
+
+def background(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The same for the background alone."""
+    return _verdicts("background", images, prompts)
+
+
+def _verdicts(attribute: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    pictures = (images.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return torch.from_numpy(grade(pictures, prompts)[attribute]).float()
 
 
 def _nearest(pixels: np.ndarray, palette: np.ndarray, min_pure: float) -> int | None:

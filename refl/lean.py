@@ -122,6 +122,20 @@ class LoraLinear(PeftLinear):
 
 
 @contextmanager
+def lora_off(model: nn.Module) -> Iterator[None]:
+    """The model without its LoRA for a block; no second copy of the weights."""
+    layers = [module for module in model.modules() if type(module) is LoraLinear]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, is_off in zip(layers, before, strict=True):
+            layer._disable_adapters = is_off
+
+
+@contextmanager
 def lora_cast_once(model: nn.Module) -> Iterator[None]:
     """Cast the LoRA's matrices once for a block in which they do not change and get no gradient."""
     layers = [module for module in model.modules() if type(module) is LoraLinear]

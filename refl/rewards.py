@@ -57,6 +57,13 @@ class WeightedRewards:
         """Those that are models: what there is to move to a device."""
         return [reward for reward in self.rewards.values() if isinstance(reward, nn.Module)]
 
+    def features(self, images: Tensor) -> Tensor | None:
+        """Features (B, width) of length 1 by the first reward that has such a function, None if none has."""
+        for reward in self.rewards.values():
+            if hasattr(reward, "features"):
+                return reward.features(images)
+        return None
+
     def means(self, scores: Tensor) -> dict[str, float]:
         """Each reward's mean of scores (K, N), by name."""
         return dict(zip(self.rewards, scores.mean(dim=1).tolist(), strict=True))

@@ -148,6 +148,12 @@ class ImageReward(nn.Module):
         """Scores, (B,) float32, of images (B, 3, H, W) in [0, 1], any size, each for its own prompt."""
         return self.score_pixels(preprocess(images, self.image_size), prompts)
 
+    def features(self, images: Tensor) -> Tensor:
+        """What the vision tower sees in images (B, 3, H, W) in [0, 1]: its first token, (B, width) float32,
+        of length 1."""
+        pixels = preprocess(images, self.image_size).to(self.vision.dtype)
+        return F.normalize(self.vision(pixels).last_hidden_state[:, 0].float(), dim=-1)
+
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores, (B,) float32, of preprocessed pictures (B, 3, image_size, image_size)."""
         if isinstance(prompts, str) or [type(prompt) for prompt in prompts] != [str] * len(pixels):
