@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +47,8 @@ from typing import Literal
 from refl import board, checkpoints, devices, diffusion, doctor, randomness, rewards
 from refl.errors import UserError, is_first_process, run_as_command
 from refl.files import write_whole
-from refl.lean import lora_cast_once, make_lean
+from refl.lean import lora_cast_once, lora_off, make_lean
+from refl.pictures import read_captioned, read_square
 from refl.prompts import prompt_index, read_prompts
 from refl.rewards import WeightedRewards
 from refl.signals import Stopped, StopSignals
@@ -142,6 +143,32 @@ class Options:
     """Last denoising step that may get the gradient, inclusive."""
     guidance_scale: float = 1.0
     """Classifier-free guidance while training; 1 is none, as published. Above 1 the UNet runs twice."""
+    guidance_in: Literal["both", "rollout", "gradient"] = "both"
+    """Where guidance is used: without gradient, at the step that gets the gradient, or both. Validation
+    always draws with it."""
+    lora_in_uncond: bool = True
+    """Whether the LoRA acts on the prediction for the empty prompt as well, which is what other programs do;
+    inference_lora.py has the same option."""
+    normalize_by_stop: bool = False
+    """Divide each gradient by |dx0/deps| of its stop index, which falls 8-fold from step 30 to 39, so that
+    early and late stops count alike."""
+
+    # Against over-optimising the reward
+    noise_distance_weight: float = 0.0
+    """Adds this times the mean squared difference between the noise predicted with and without the LoRA to
+    the loss; needs no data. Some 1 to 30 times --grad_scale."""
+    lora_shrinkage: float = 0.0
+    """After each optimizer step what the LoRA adds to the model is multiplied by 1 - this, such as 0.01."""
+    pretrain_data: str | None = None
+    """Folder of pictures with captions (metadata.jsonl with file_name and text, or a .txt beside each): adds
+    the model's own training loss on them, as published."""
+    pretrain_weight: float = 1.0
+    """Factor on that loss; the paper has 1 with --grad_scale 0.001."""
+    held_out_reward: str | None = None
+    """Rewards that are watched at validation and not trained on, as in --reward."""
+    early_stop: bool = False
+    """Stop when the reward still rises while held-out rewards, diversity or saturation get worse beyond
+    noise, and keep the best LoRA so far, in best/ and as the result."""
 
     # Precision, speed, memory
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -177,7 +204,9 @@ class Options:
     validation_steps: int = 20
     """Optimizer steps between validations, which also happen before the first and after the last; 0: none."""
     num_validation_images: int = 4
-    """Pictures per validation."""
+    """Prompts per validation."""
+    validation_images_per_prompt: int = 1
+    """Pictures of each; 2 or more also show how diverse they are."""
     logging_dir: str = "logs"
     """TensorBoard's folder, inside --output_dir."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"
@@ -204,16 +233,32 @@ def _as_argument(name: str, value: str | int | float | bool | None) -> str:
 # Options that the LoRA does not depend on, or only to rounding.
 HARMLESS = """options_file check output_dir also_kohya prompts train_batch_size decode_batch_size
     rollout_batch_size gradient_checkpointing low_memory checkpointing_steps checkpoints_total_limit
-    resume_from_checkpoint allow_changed_options max_nonfinite_steps validation_prompts validation_steps
-    num_validation_images logging_dir report_to""".split()
+    resume_from_checkpoint allow_changed_options max_nonfinite_steps logging_dir report_to""".split()
+WATCHING = """held_out_reward validation_prompts validation_steps num_validation_images
+    validation_images_per_prompt""".split()  # what --early_stop decides by
 
 
-def what_decides(options: Options, accelerator: Accelerator, prompts: list[str]) -> dict:
+def what_decides(
+    options: Options,
+    accelerator: Accelerator,
+    prompts: list[str],
+    validation_prompts: list[str],
+    captioned: list[tuple[Path, str]],
+) -> dict:
     """All that the LoRA depends on, by name: what has to stay when a run is resumed."""
-    decides = {name: value for name, value in dataclasses.asdict(options).items() if name not in HARMLESS}
+    harmless = HARMLESS if options.early_stop else HARMLESS + WATCHING
+    decides = {name: value for name, value in dataclasses.asdict(options).items() if name not in harmless}
+    for name in ("validation_prompts", "pretrain_data"):  # by content, wherever they are
+        decides.pop(name, None)
     decides["mixed_precision"] = accelerator.mixed_precision
     decides["train_batch_size x processes"] = options.train_batch_size * accelerator.num_processes
-    decides["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    texts = {"prompts": prompts}
+    if options.early_stop:
+        texts["validation_prompts"] = validation_prompts
+    if captioned:
+        texts["pretrain_data"] = [f"{file.name} {file.stat().st_size} {text}" for file, text in captioned]
+    for name, lines in texts.items():
+        decides[name] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     if options.lr_scheduler.startswith("constant"):  # others look at where the run will end
         del decides["max_train_steps"]
     return decides
@@ -228,7 +273,18 @@ def check_options(options: Options) -> None:
             lambda v: v >= 1,
             "be 1 or more",
         ),
-        ("num_inference_steps num_validation_images", lambda v: v >= 1, "be 1 or more"),
+        (
+            "num_inference_steps num_validation_images validation_images_per_prompt",
+            lambda v: v >= 1,
+            "be 1 or more",
+        ),
+        ("noise_distance_weight pretrain_weight", lambda v: 0 <= v < math.inf, "be 0 or more"),
+        ("lora_shrinkage", lambda v: 0 <= v < 1, "be at least 0 and below 1"),
+        (
+            "guidance_in",
+            lambda v: v == "both" or o.guidance_scale != 1,
+            "go with a --guidance_scale other than 1",
+        ),
         ("decode_batch_size rollout_batch_size", lambda v: v >= 1, "be 1 or more"),
         ("lr_warmup_steps min_stop validation_steps seed", lambda v: v >= 0, "be 0 or more"),
         ("checkpoints_total_limit max_nonfinite_steps", lambda v: v >= 1, "be 1 or more"),
@@ -280,7 +336,9 @@ class Models:
     vae: torch.nn.Module
     rewards: WeightedRewards
     ddpm: diffusion.Ddpm
-    guidance_scale: float = 1.0
+    guidance: tuple[float, float] = (1.0, 1.0)  # scale in the rollout, and at the step that gets the gradient
+    lora_in_uncond: bool = True
+    held_out: WeightedRewards | None = None
     present: Callable[..., AbstractContextManager] = lambda *models: nullcontext()
     """Has the given models on the device for a block, where they are not always there."""
 
@@ -293,6 +351,8 @@ class MicroBatch:
     prompt_embeds: Tensor  # (B, tokens, width); for guidance (2, B, tokens, width), the empty prompt's first
     noise: Tensor  # (B, > stop, C, h, w): x_T first, then that of each denoising step
     stop: int
+    weight: float = 1.0  # of its reward's gradient
+    pretraining: "Pretraining | None" = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on `device`; a GPU copies it while it does other things."""
@@ -303,30 +363,54 @@ class MicroBatch:
             self,
             prompt_embeds=prompt_embeds.to(device, non_blocking=True),
             noise=noise.to(device, non_blocking=True),
+            pretraining=self.pretraining and self.pretraining.to(device),
         )
+
+
+@dataclass
+class Pretraining:
+    """Captioned pictures with noise, and what the model is to say of them."""
+
+    latents: Tensor  # (B, C, h, w), noised to `timesteps` (B,)
+    timesteps: Tensor
+    prompt_embeds: Tensor  # (B, tokens, width)
+    noise: Tensor  # (B, C, h, w)
+
+    def to(self, device: torch.device) -> "Pretraining":
+        return Pretraining(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
 
 
 @dataclass
 class StepResult:
     """What a micro-batch found, nothing of it attached to a graph."""
 
-    loss: Tensor  # (), grad_scale * mean over the micro-batch
+    loss: Tensor  # (), grad_scale * mean over the micro-batch, and regularisers
     scores: Tensor  # (K, B), of each reward by itself, not weighted
     rewards: Tensor  # (B,), their weighted sum
     saturated: Tensor  # (), share of colour values that decode outside [0, 1], where the gradient is zero
+    regularisers: dict[str, Tensor] = field(default_factory=dict)  # () each, not weighted
 
 
-def predict_noise(models: Models, latents: Tensor, index: int, prompt_embeds: Tensor) -> Tensor:
-    """eps(x_t, t, c), (B, C, h, w), at denoising step `index`, guided if so asked.
+def predict_noise(
+    models: Models, latents: Tensor, index: int, prompt_embeds: Tensor, guidance_scale: float
+) -> Tensor:
+    """eps(x_t, t, c), (B, C, h, w), at denoising step `index`; guided (Ho & Salimans 2022, eq. 6, with
+    guidance_scale = 1 + w) unless `guidance_scale` is 1.
 
     The UNet computes in the precision of `prompt_embeds`, shaped as in `MicroBatch`.
     """
     t, sample = models.ddpm.timesteps[index], latents.to(prompt_embeds.dtype)
-    if models.guidance_scale == 1:
-        return models.unet(sample, t, prompt_embeds).sample.to(latents.dtype)
-    eps = models.unet(sample.repeat(2, 1, 1, 1), t, prompt_embeds.flatten(0, 1)).sample.to(latents.dtype)
-    eps_empty, eps_prompt = eps.chunk(2)
-    return eps_empty + models.guidance_scale * (eps_prompt - eps_empty)
+    if guidance_scale == 1:
+        embeds = prompt_embeds if prompt_embeds.ndim == 3 else prompt_embeds[1]
+        return models.unet(sample, t, embeds).sample.to(latents.dtype)
+    if models.lora_in_uncond:
+        eps = models.unet(sample.repeat(2, 1, 1, 1), t, prompt_embeds.flatten(0, 1)).sample
+        eps_empty, eps_prompt = eps.to(latents.dtype).chunk(2)
+    else:
+        with torch.no_grad(), lora_off(models.unet):
+            eps_empty = models.unet(sample, t, prompt_embeds[0]).sample.to(latents.dtype)
+        eps_prompt = models.unet(sample, t, prompt_embeds[1]).sample.to(latents.dtype)
+    return eps_empty + guidance_scale * (eps_prompt - eps_empty)
 
 
 @torch.no_grad()
@@ -341,7 +425,19 @@ def rollout(models: Models, batches: Sequence[MicroBatch]) -> list[tuple[Tensor,
     found = {}
     with models.present(models.unet), lora_cast_once(models.unet):
         for index in range(going[0].stop + 1):
-            eps = predict_noise(models, latents, index, prompt_embeds)
+            # Those that go on and, at the end, those that stop here, may be guided differently.
+            stopping = sum(len(batch.prompts) for batch in going if batch.stop == index)
+            sizes = [len(latents) - stopping, stopping] if len(set(models.guidance)) == 2 else [len(latents)]
+            rows = zip(
+                latents.split(sizes), prompt_embeds.split(sizes, dim=-3), models.guidance, strict=False
+            )
+            eps = torch.cat(
+                [
+                    predict_noise(models, own, index, embeds, guidance_scale)
+                    for own, embeds, guidance_scale in rows
+                    if len(own)
+                ]
+            )
             while going and going[-1].stop == index:
                 size = len(going[-1].prompts)
                 x0 = models.ddpm.predict_x0(latents[-size:], eps[-size:], index)
@@ -396,15 +492,38 @@ def lora_gradient(
     batch: MicroBatch,
     latents: Tensor,
     upstream: Tensor,
+    noise_distance_weight: float = 0.0,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
-) -> tuple[Tensor, ...]:
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """d loss / d LoRA = <upstream, d x0 / d LoRA> through the UNet, one for each matrix; `upstream` is
-    d loss / d x0."""
+    d loss / d x0. With the gradient of the distance to the base model's noise, and that distance, if it has a
+    weight."""
+    at_stop = latents, batch.stop, batch.prompt_embeds, models.guidance[1]
+    if noise_distance_weight:
+        with phase("grad_step"), torch.no_grad(), lora_off(models.unet):
+            base_eps = predict_noise(models, *at_stop)
     with phase("grad_step"):
-        eps = predict_noise(models, latents, batch.stop, batch.prompt_embeds)
+        eps = predict_noise(models, *at_stop)
         x0 = models.ddpm.predict_x0(latents, eps, batch.stop)
+    if not noise_distance_weight:
+        with phase("backward"):
+            return torch.autograd.grad(x0, models.lora, upstream), {}
+    distance = (eps - base_eps).square().mean()
     with phase("backward"):
-        return torch.autograd.grad(x0, models.lora, grad_outputs=upstream)
+        losses, upstreams = (x0, scale(noise_distance_weight * distance)), (upstream, None)
+        gradients = torch.autograd.grad(losses, models.lora, upstreams)
+    return gradients, {"noise_distance": distance.detach()}
+
+
+def pretraining_gradient(
+    models: Models, batch: Pretraining, weight: float, scale: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """d / d LoRA of weight * ||eps - eps(z_t, t, c)||^2, the diffusion model's own loss, and that loss."""
+    sample = batch.latents.to(batch.prompt_embeds.dtype)
+    eps = models.unet(sample, batch.timesteps, batch.prompt_embeds).sample
+    loss = (eps.to(batch.noise.dtype) - batch.noise).square().mean()
+    return torch.autograd.grad(scale(weight * loss), models.lora), loss.detach()
 
 
 def refl_step(
@@ -416,12 +535,14 @@ def refl_step(
     rollout_batch_size: int = 1,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+    noise_distance_weight: float = 0.0,
+    pretrain_weight: float = 0.0,
 ) -> Iterator[tuple[StepResult, tuple[Tensor, ...]]]:
     """What each micro-batch of an optimizer step finds, and scale(d loss / d LoRA) of it, for each matrix.
 
     About `rollout_batch_size` pictures go together: x_T -> x_k and x0 for all, then d loss / d x0, then
     d loss / d LoRA. `scale` keeps small gradients from vanishing in float16 (a GradScaler's); `phase` times
-    its block.
+    its block. Regularisers with a weight are part of the loss.
     """
     device = models.lora[0].device
     together = max(1, rollout_batch_size // len(batches[0].prompts))
@@ -436,40 +557,87 @@ def refl_step(
             ]
         with models.present(models.unet):
             for batch, (latents, _), (result, upstream) in zip(group, rolled_out, judged, strict=True):
-                yield result, lora_gradient(models, batch, latents, upstream, phase)
+                gradients, found = lora_gradient(
+                    models, batch, latents, upstream * batch.weight, noise_distance_weight, scale, phase
+                )
+                if batch.pretraining:
+                    with phase("pretraining"):
+                        more, found["pretraining"] = pretraining_gradient(
+                            models, batch.pretraining, pretrain_weight, scale
+                        )
+                    gradients = torch._foreach_add(gradients, more)
+                weights = {"noise_distance": noise_distance_weight, "pretraining": pretrain_weight}
+                added = sum(weights[name] * value for name, value in found.items())
+                yield replace(result, loss=result.loss + added, regularisers=found), tuple(gradients)
 
 
 # ------------------------------------------------------------------------------------------------- validation
 
 
+@dataclass
+class Validation:
+    """Pictures of prompts that are not trained on, P prompts, N pictures, those of a prompt side by side."""
+
+    pictures: Tensor  # (N, 3, H, W) uint8
+    scores: Tensor  # (K, N), of each reward
+    held_out: Tensor  # (H, N), of each reward that is not trained on
+    saturated: Tensor  # (N,), share of colour values that decode outside [0, 1]
+    diversity: Tensor | None  # (P,), of the pictures of each prompt, if the rewards can tell
+
+
 @torch.no_grad()
 def validate(
-    models: Models, prompts: list[str], embeds: Callable[[list[str]], Tensor], noise_shape: tuple[int, ...],
-    seed: int, batch_size: int, accelerator: Accelerator,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pictures (N, 3, H, W) uint8 of the prompts, always from the same noise, and their scores (K, N).
+    models: Models, prompts: list[str], images_per_prompt: int, embeds: Callable[[list[str]], Tensor],
+    noise_shape: tuple[int, ...], seed: int, batch_size: int, accelerator: Accelerator,
+) -> Validation:  # fmt: skip
+    """Draw `images_per_prompt` pictures of each prompt, always from the same noise, and judge them.
 
     The processes share the work; each returns the whole.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    own = range(rank, math.ceil(len(prompts) / world) * world, world)  # padded: every process draws as many
-    pictures, scores, device = [], [], accelerator.device
+    wanted = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    own = range(rank, math.ceil(len(wanted) / world) * world, world)  # padded: every process draws as many
+    pictures, judged, device = [], [], accelerator.device
     last = len(models.ddpm.timesteps) - 1
+    everywhere = replace(models, guidance=(max(models.guidance),) * 2)
+    all_rewards = [rewards for rewards in (models.rewards, models.held_out) if rewards]
     for start in range(0, len(own), batch_size):
-        indices = [index % len(prompts) for index in own[start : start + batch_size]]
-        chosen = [prompts[index] for index in indices]
+        indices = [index % len(wanted) for index in own[start : start + batch_size]]
+        chosen = [wanted[index] for index in indices]
         noise = randomness.noise((randomness.VALIDATION, seed), indices, (last + 1, *noise_shape))
         batch = MicroBatch(chosen, embeds(chosen), noise, last).to(device)
-        [(_, x0)] = rollout(models, [batch])
-        with models.present(models.vae, *models.rewards.modules()):
+        [(_, x0)] = rollout(everywhere, [batch])
+        with models.present(models.vae, *(m for rewards in all_rewards for m in rewards.modules())):
             for latent, prompt in zip(x0, chosen, strict=True):
-                picture = diffusion.decode(models.vae, latent[None]).clamp(0, 1)
-                scores.append(models.rewards(picture, [prompt]))  # (K, 1)
+                picture = diffusion.decode(models.vae, latent[None])
+                saturated = ((picture < 0) | (picture > 1)).float().mean((1, 2, 3))
+                picture = picture.clamp(0, 1)
+                scores = [rewards(picture, [prompt]) for rewards in all_rewards]  # (K, 1), (H, 1)
+                features = models.rewards.features(picture) if images_per_prompt > 1 else None  # (1, width)
+                columns = [saturated[:, None], *(own.T for own in scores)]
+                columns += [] if features is None else [features]
+                judged.append(torch.cat([column.float() for column in columns], dim=1))
                 pictures.append((picture * 255).round().byte())
-    order = torch.arange(len(own) * world).view(world, len(own)).T.flatten()[: len(prompts)]
+    order = torch.arange(len(own) * world).view(world, len(own)).T.flatten()[: len(wanted)]
     pictures = accelerator.gather(torch.cat(pictures))
-    scores = accelerator.gather(torch.cat(scores, dim=1).T.contiguous())
-    return pictures[order.to(pictures.device)], scores[order.to(scores.device)].T
+    judged = accelerator.gather(torch.cat(judged))[order.to(device)].cpu()  # (N, 1 + K + H + width)
+    sizes = [1, *(len(rewards.weights) for rewards in all_rewards)]
+    saturated, *scores, features = judged.split([*sizes, judged.shape[1] - sum(sizes)], dim=1)
+    return Validation(
+        pictures=pictures[order.to(device)],
+        scores=scores[0].T,
+        held_out=scores[1].T if models.held_out else torch.empty(0, len(wanted)),
+        saturated=saturated[:, 0],
+        diversity=mean_distance(features.view(len(prompts), images_per_prompt, -1))
+        if features.numel()
+        else None,
+    )
+
+
+def mean_distance(features: Tensor) -> Tensor:
+    """Mean of 1 - cosine over all pairs, (P,), of features (P, n, width) of length 1."""
+    n = features.shape[1]
+    return (1 - (features.sum(1).square().sum(1) - n) / (n * (n - 1))).clamp(min=0)
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -533,6 +701,9 @@ def step_numbers(
         ).mean()
         for k in sorted({batch.stop for batch in batches})
     }
+    for name in results[0].regularisers:
+        values = [result.regularisers[name] for result in results]
+        numbers[f"regularisers/{name}"] = torch.stack(values).mean()
     numbers["pictures/saturated"] = torch.stack([result.saturated for result in results]).mean()
     numbers |= {f"seconds/{name}": torch.tensor(value) for name, value in seconds.items()}
     numbers["memory/peak_gib"] = torch.tensor(devices.peak_memory(device))
@@ -547,6 +718,7 @@ def main() -> None:
     resolution = doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
     prompts = read_prompts(options.prompts)
     validation_prompts = read_prompts(options.validation_prompts)[: options.num_validation_images]
+    captioned = read_captioned(options.pretrain_data) if options.pretrain_data else []
     if options.check:
         return
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.mixed_precision)
@@ -557,7 +729,7 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, no GPU being visible"
     accelerator.print(f"{world} process{'es' * (world > 1)} on {name}, frozen parts in {weight_dtype}")
     output = Path(options.output_dir)
-    decides = what_decides(options, accelerator, prompts)
+    decides = what_decides(options, accelerator, prompts, validation_prompts, captioned)
     progress, checkpoint = resume(options, accelerator, decides)
     saved_options = {
         name: value for name, value in dataclasses.asdict(options).items() if name != "options_file"
@@ -594,7 +766,6 @@ def main() -> None:
     # ---- models
     home = torch.device("cpu") if options.low_memory else device  # of the frozen models
     parts = diffusion.load_stable_diffusion(options.pretrained_model_name_or_path, weight_dtype, home)
-    parts.vae.encoder = None
     lora_alpha = options.rank if options.lora_alpha is None else options.lora_alpha
     models = Models(
         unet=parts.unet,
@@ -602,8 +773,16 @@ def main() -> None:
         vae=parts.vae,
         rewards=rewards.load(options.reward, options.reward_path, home, weight_dtype),
         ddpm=diffusion.Ddpm(parts.scheduler_config, options.num_inference_steps, device),
-        guidance_scale=options.guidance_scale,
+        guidance=(
+            1.0 if options.guidance_in == "gradient" else options.guidance_scale,
+            1.0 if options.guidance_in == "rollout" else options.guidance_scale,
+        ),
+        lora_in_uncond=options.lora_in_uncond,
     )
+    if options.held_out_reward:
+        models.held_out = rewards.load(options.held_out_reward, options.reward_path, home, torch.float32)
+    frozen = [parts.unet, parts.vae, *models.rewards.modules()]
+    frozen += models.held_out.modules() if models.held_out else []
     for model in (parts.unet, parts.vae):
         make_lean(model)
         if options.gradient_checkpointing or options.low_memory:
@@ -613,7 +792,7 @@ def main() -> None:
             matrix.data = matrix.data.to(device)
         models.present = partial(devices.visit, device)
         if device.type == "cuda":
-            for model in (parts.unet, parts.vae, *models.rewards.modules()):
+            for model in frozen:
                 devices.pin(model)
     optimizer = make_optimizer(options, models.lora)
     schedule = get_scheduler(
@@ -622,6 +801,7 @@ def main() -> None:
         num_warmup_steps=options.lr_warmup_steps,
         num_training_steps=options.max_train_steps,
     ).lr_lambdas[0]  # updates made -> factor on the learning rate
+    lora_up = [matrix for name, matrix in parts.unet.named_parameters() if "lora_B" in name]
     scaler = torch.amp.GradScaler(device.type, enabled=weight_dtype == torch.float16)
     if checkpoint:
         diffusion.unpack_lora(parts.unet, checkpoint[diffusion.LORA_FILE])
@@ -639,7 +819,7 @@ def main() -> None:
 
     remaining = range(progress.step, options.max_train_steps)
     needed = {p for s in remaining for m in range(micro_steps) for p in batch_prompts(s, m)}
-    needed = ["", *sorted(needed | set(validation_prompts))]
+    needed = ["", *sorted(needed | set(validation_prompts) | {caption for _, caption in captioned})]
     encoded = diffusion.encode_prompts(parts, needed)
     bar = tqdm(
         encoded, "encoding prompts", len(needed), unit="prompt", disable=not accelerator.is_main_process
@@ -656,6 +836,28 @@ def main() -> None:
 
     side = resolution // diffusion.vae_factor(parts.vae)
     noise_shape = (parts.unet.config.in_channels, side, side)
+    with models.present(parts.vae):
+        files = tqdm(
+            [file for file, _ in captioned], "encoding pictures", unit="picture",
+            disable=not captioned or not accelerator.is_main_process,
+        )  # fmt: skip
+        latents = [diffusion.encode(parts.vae, read_square(file, resolution)).cpu() for file in files]
+    parts.vae.encoder = None
+    slopes = {k: models.ddpm.x0_slope(k) for k in range(options.min_stop, options.max_stop + 1)}
+
+    def pretraining(step: int, micro_step: int) -> Pretraining:
+        """Pictures for this process's share of a micro-step, noised."""
+        first = (step * micro_steps + micro_step) * batch * world
+        chosen = [prompt_index(options.seed, first + index, len(captioned)) for index in own]
+        key = (options.seed, step, micro_step)
+        noise = randomness.noise((randomness.PRETRAINING, *key), own, noise_shape)
+        timesteps = randomness.timesteps((randomness.TIMESTEPS, *key), own, models.ddpm.num_train_timesteps)
+        return Pretraining(
+            models.ddpm.add_noise(torch.stack([latents[i] for i in chosen]), noise, timesteps),
+            timesteps,
+            torch.stack([cache[captioned[i][1]] for i in chosen]),
+            noise,
+        )
 
     def micro_batches(step: int) -> list[MicroBatch]:
         """This process's share of an optimizer step, on the CPU."""
@@ -665,7 +867,9 @@ def main() -> None:
             key = (randomness.NOISE, options.seed, step, micro_step)
             noise = randomness.noise(key, own, (stop + 1, *noise_shape))
             chosen = batch_prompts(step, micro_step)
-            batches.append(MicroBatch(chosen, embeds(chosen), noise, stop))
+            weight = sum(slopes.values()) / len(slopes) / slopes[stop] if options.normalize_by_stop else 1.0
+            pictures = pretraining(step, micro_step) if captioned else None
+            batches.append(MicroBatch(chosen, embeds(chosen), noise, stop, weight, pictures))
         return batches
 
     # ---- output
@@ -698,6 +902,8 @@ def main() -> None:
             "reward": options.reward,
             "resolution": resolution,
             "guidance_scale": options.guidance_scale,
+            "guidance_in": options.guidance_in,
+            "lora_in_uncond": options.lora_in_uncond,
             "sampler": "ddpm",
             "num_inference_steps": options.num_inference_steps,
         }
@@ -732,17 +938,27 @@ def main() -> None:
         return every > 0 and (step % every == 0 or step == options.max_train_steps)
 
     def show_validation(step: int) -> None:
-        pictures, scores = validate(
-            models, validation_prompts, embeds, noise_shape, options.seed, batch, accelerator
+        found = validate(
+            models, validation_prompts, options.validation_images_per_prompt, embeds, noise_shape,
+            options.seed, batch, accelerator,
         )  # fmt: skip
-        total = models.rewards.total(scores)  # (N,)
+        total = models.rewards.total(found.scores)  # (N,)
         if writer:
-            captions = [f"{own:+.2f}  {p}" for own, p in zip(total, validation_prompts, strict=True)]
-            sheet = board.sheet(
-                [board.to_pil(picture / 255) for picture in pictures], captions, f"step {step}"
-            )
-            means = {f"validation/{name}": mean for name, mean in models.rewards.means(scores).items()}
-            means["validation/reward"] = total.mean().item()
+            shown = found.pictures[: board.MAX_PICTURES]
+            named = [
+                prompt for prompt in validation_prompts for _ in range(options.validation_images_per_prompt)
+            ]
+            captions = [f"{own:+.2f}  {prompt}" for own, prompt in zip(total, named, strict=True)][
+                : len(shown)
+            ]
+            sheet = board.sheet([board.to_pil(picture / 255) for picture in shown], captions, f"step {step}")
+            means = models.rewards.means(found.scores) | {"reward": total.mean().item()}
+            means["saturated"] = found.saturated.mean().item()
+            if models.held_out:
+                means |= models.held_out.means(found.held_out)
+            if found.diversity is not None:
+                means["diversity"] = found.diversity.mean().item()
+            means = {f"validation/{name}": mean for name, mean in means.items()}
             log(lambda writer: board.write_picture(writer, "validation/pictures", sheet, step))
             log(lambda writer: board.write_scalars(writer, means, step))
         progress.validation = total.mean().item()
@@ -762,6 +978,8 @@ def main() -> None:
             options.rollout_batch_size,
             scaler.scale,
             phase,
+            options.noise_distance_weight,
+            options.pretrain_weight,
         ):
             torch._foreach_add_(gradients, own)
             norms.append(torch.nn.utils.get_total_norm(own))
@@ -796,6 +1014,9 @@ def main() -> None:
         if is_finite or scaler.is_enabled():  # a scaler steps only if finite, and else lowers the scale
             scaler.step(optimizer)
             scaler.update()
+        if is_finite and options.lora_shrinkage:
+            with torch.no_grad():  # B alone: what the LoRA adds is B A x
+                torch._foreach_mul_(lora_up, 1 - options.lora_shrinkage)
         progress.step += 1
         progress.updates += is_finite
         # A float16 gradient may overflow for a few steps until its scale has found its size.

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 CAPTION_SIZE = 14  # pixels
+MAX_PICTURES = 32  # of a validation that are shown
 
 
 def write_options(writer: SummaryWriter, options: dict[str, str | int | float | bool | None]) -> None:

@@ -134,6 +134,14 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return pictures.to(torch.promote_types(pictures.dtype, torch.float32)) / 2 + 0.5
 
 
+@torch.no_grad()
+def encode(vae: AutoencoderKL, picture: Tensor) -> Tensor:
+    """Latents (C, h, w), float32, at the UNet's scale, of a picture (3, H, W) in [-1, 1]: the mean of what
+    the encoder allows for."""
+    moments = vae.encode(picture[None].to(vae.device, vae.dtype)).latent_dist
+    return moments.mode()[0].float() * vae.config.scaling_factor
+
+
 # ------------------------------------------------------------------------------------------------------- DDPM
 
 
@@ -155,8 +163,14 @@ class Ddpm:
             scheduler_config, clip_sample=False, variance_type="fixed_small"
         )
         scheduler.set_timesteps(num_inference_steps)
+        self.add_noise = scheduler.add_noise  # (x0, noise, training timesteps (B,)) -> x_t, eq. 4
+        self.num_train_timesteps = scheduler.config.num_train_timesteps
         self.timesteps = scheduler.timesteps.to(device)  # e.g. 976, 951, ..., 26, 1
         self.alphas_cumprod = [*scheduler.alphas_cumprod.double()[scheduler.timesteps].tolist(), 1.0]
+
+    def x0_slope(self, index: int) -> float:
+        """|d x0 / d eps| of `predict_x0`."""
+        return (1 / self.alphas_cumprod[index] - 1) ** 0.5
 
     def predict_x0(self, latents: Tensor, eps: Tensor, index: int) -> Tensor:
         """x0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), eq. 15; `index` counts denoising steps from 0."""

@@ -158,6 +158,7 @@ class Options:
 
     pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
     reward: str = "imagereward"
+    held_out_reward: str | None = None
     reward_path: str = "checkpoint"
     prompts: str = "data/train_prompts.txt"
     validation_prompts: str = "data/held_out_prompts.txt"
@@ -200,6 +201,8 @@ def check_files(options: Any) -> str:
     from refl import rewards  # only here: its libraries may be what is wrong
 
     named = rewards.parse(options.reward)
+    if options.held_out_reward:
+        named |= rewards.parse(options.held_out_reward)
     check_weights(
         options.pretrained_model_name_or_path, options.reward_path if "imagereward" in named else None
     )

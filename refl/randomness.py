@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NOISE, STOP, PROMPTS, VALIDATION = range(4)  # purposes, so that no two kinds of draw share a stream
+NOISE, STOP, PROMPTS, VALIDATION, PRETRAINING, TIMESTEPS = range(
+    6
+)  # purposes, so that no two kinds of draw share a stream
 
 
 def noise(key: Sequence[int], indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -30,6 +32,12 @@ def stop_index(seed: int, step: int, micro_step: int, min_stop: int, max_stop: i
     return int(
         np.random.default_rng([STOP, seed, step, micro_step]).integers(min_stop, max_stop, endpoint=True)
     )
+
+
+def timesteps(key: Sequence[int], indices: Sequence[int], num_timesteps: int) -> Tensor:
+    """A training timestep, uniform in [0, num_timesteps), for each index, (len(indices),) int64."""
+    drawn = [np.random.default_rng([*key, index]).integers(num_timesteps) for index in indices]
+    return torch.tensor(drawn)
 
 
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:

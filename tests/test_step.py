@@ -21,10 +21,11 @@ STEPS, STOP = 6, 4
 
 
 def build(
-    parts, reward, dtype=torch.float64, guidance_scale=1.0
+    parts, reward, dtype=torch.float64, guidance=(1.0, 1.0), lora_in_uncond=True
 ) -> tuple[refl_lora.Models, torch.Tensor, torch.Tensor]:
     """Models in `dtype` with a LoRA that is not zero, prompt embeddings, noise. `parts` stay as the libraries
-    made them, with the same LoRA."""
+    made them, with the same LoRA; `parts.base` has none."""
+    parts.base = copy.deepcopy(parts.unet).to(dtype)
     lora = diffusion.add_lora(parts.unet, rank=2, alpha=3, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -38,34 +39,37 @@ def build(
         make_lean(model)
     lora = [matrix for matrix in unet.parameters() if matrix.requires_grad]
     ddpm = diffusion.Ddpm(parts.scheduler_config, STEPS)
-    models = refl_lora.Models(unet, lora, vae, rewards, ddpm, guidance_scale)
+    models = refl_lora.Models(unet, lora, vae, rewards, ddpm, guidance, lora_in_uncond)
     embeds = torch.stack(list(diffusion.encode_prompts(parts, ["", *PROMPTS])))
     empty, embeds = embeds[:1].expand(len(PROMPTS), -1, -1), embeds[1:]
-    prompt_embeds = embeds if guidance_scale == 1 else torch.stack([empty, embeds])
+    prompt_embeds = embeds if guidance == (1, 1) else torch.stack([empty, embeds])
     noise = randomness.noise((9, 9), range(len(PROMPTS)), (STEPS, 4, 8, 8)).to(dtype)
     return models, prompt_embeds, noise
 
 
-def refl_step(models, prompt_embeds, noise, stop, grad_scale, target, **options) -> SimpleNamespace:
+def refl_step(
+    models, prompt_embeds, noise, stop, grad_scale, target, pretraining=None, **options
+) -> SimpleNamespace:
     """The step for one micro-batch."""
-    batch = refl_lora.MicroBatch(PROMPTS, prompt_embeds, noise, stop)
+    batch = refl_lora.MicroBatch(PROMPTS, prompt_embeds, noise, stop, pretraining=pretraining)
     [(result, gradients)] = refl_lora.refl_step(models, [batch], grad_scale, target, **options)
     return SimpleNamespace(**vars(result), gradients=gradients)
 
 
-def plain_chain(models, parts, prompt_embeds, noise, stop, grad_scale, target, monkeypatch):
+def plain_chain(
+    models, parts, prompt_embeds, noise, stop, grad_scale, target, monkeypatch, distance=0.0, pretraining=None
+):
     """Loss and LoRA gradients by the libraries' own layers and scheduler and one graph from UNet to loss."""
     scheduler = DDPMScheduler.from_config(parts.scheduler_config, clip_sample=False)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.set_timesteps(STEPS)
-    guidance = models.guidance_scale
 
-    def predict(latents, t):
-        if guidance == 1:
-            return parts.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
-        empty, text = (
-            parts.unet(latents, t, encoder_hidden_states=embeds).sample for embeds in prompt_embeds
-        )
+    def predict(latents, t, guidance, unet=parts.unet):
+        if prompt_embeds.ndim == 3:
+            return unet(latents, t, encoder_hidden_states=prompt_embeds).sample
+        text = unet(latents, t, encoder_hidden_states=prompt_embeds[1]).sample
+        uncond = unet if models.lora_in_uncond else parts.base
+        empty = uncond(latents, t, encoder_hidden_states=prompt_embeds[0]).sample
         return (1 - guidance) * empty + guidance * text
 
     latents = noise[:, 0]
@@ -74,12 +78,18 @@ def plain_chain(models, parts, prompt_embeds, noise, stop, grad_scale, target, m
             scheduling_ddpm, "randn_tensor", lambda *_, index=index, **__: noise[:, index + 1]
         )
         with torch.no_grad():
-            latents = scheduler.step(predict(latents, t), t, latents).prev_sample
+            latents = scheduler.step(predict(latents, t, models.guidance[0]), t, latents).prev_sample
     t = scheduler.timesteps[stop]
-    x0 = scheduler.step(predict(latents, t), t, latents).pred_original_sample
+    eps = predict(latents, t, models.guidance[1])
+    x0 = scheduler.step(eps, t, latents).pred_original_sample
     pictures = (parts.vae.decode(x0 / parts.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     rewards = models.rewards.rewards["imagereward"](pictures, PROMPTS)
     loss = grad_scale * (-rewards if target is None else torch.relu(target - rewards)).mean()
+    loss = loss + distance * (eps - predict(latents, t, models.guidance[1], parts.base)).pow(2).mean()
+    if pretraining:
+        noisy, timesteps, embeds, own_noise = vars(pretraining).values()
+        predicted = parts.unet(noisy, timesteps, encoder_hidden_states=embeds).sample
+        loss = loss + 0.7 * torch.nn.functional.mse_loss(predicted, own_noise)
     lora = [matrix for matrix in parts.unet.parameters() if matrix.requires_grad]
     return loss, rewards, torch.autograd.grad(loss, lora)
 
@@ -92,11 +102,16 @@ def relative_difference(ours, reference) -> float:
     return ((ours - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("stop", [0, STOP, STEPS - 1])
-@pytest.mark.parametrize("target", [2.0, None])
-def test_gradient_is_that_of_the_plain_chain(parts, reward, monkeypatch, guidance_scale, stop, target):
-    models, prompt_embeds, noise = build(parts, reward, guidance_scale=guidance_scale)
+GUIDANCE = [(1.0, 1.0), (3.0, 3.0), (3.0, 1.0), (1.0, 3.0)]
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("lora_in_uncond", [True, False])
+@pytest.mark.parametrize(("stop", "target"), [(0, None), (STOP, 2.0), (STEPS - 1, 2.0)])
+def test_gradient_is_that_of_the_plain_chain(
+    parts, reward, monkeypatch, guidance, lora_in_uncond, stop, target
+):
+    models, prompt_embeds, noise = build(parts, reward, guidance=guidance, lora_in_uncond=lora_in_uncond)
     result = refl_step(models, prompt_embeds, noise, stop, 0.01, target)
     loss, rewards, gradients = plain_chain(
         models, parts, prompt_embeds, noise, stop, 0.01, target, monkeypatch
@@ -104,6 +119,38 @@ def test_gradient_is_that_of_the_plain_chain(parts, reward, monkeypatch, guidanc
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-12)
     torch.testing.assert_close(result.rewards, rewards.detach(), rtol=1e-12, atol=0)
     assert relative_difference(result.gradients, gradients) < 1e-10
+
+
+@pytest.mark.parametrize("guidance", [(1.0, 1.0), (3.0, 3.0)])
+def test_regularisers_are_part_of_the_gradient(parts, reward, monkeypatch, guidance):
+    models, prompt_embeds, noise = build(parts, reward, guidance=guidance, lora_in_uncond=False)
+    embeds = prompt_embeds if prompt_embeds.ndim == 3 else prompt_embeds[1]
+    pretraining = refl_lora.Pretraining(noise[:, 1], torch.tensor([1, 500, 999]), embeds, noise[:, 2])
+    arguments = models, prompt_embeds, noise, STOP, 0.01, 2.0
+    result = refl_step(
+        *arguments, pretraining, noise_distance_weight=0.3, pretrain_weight=0.7, scale=lambda loss: 8 * loss
+    )
+    loss, _, gradients = plain_chain(models, parts, *arguments[1:], monkeypatch, 0.3, pretraining)
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert relative_difference([gradient / 8 for gradient in result.gradients], gradients) < 1e-10
+    assert set(result.regularisers) == {"noise_distance", "pretraining"}
+    plain = refl_step(*arguments)
+    added = (
+        0.3 * result.regularisers["noise_distance"].item() + 0.7 * result.regularisers["pretraining"].item()
+    )
+    assert result.loss.item() == pytest.approx(plain.loss.item() + added, rel=1e-12)
+
+
+def test_a_gradient_can_be_weighted_by_its_stop(parts, reward):
+    models, prompt_embeds, noise = build(parts, reward)
+    plain = refl_step(models, prompt_embeds, noise, STOP, 0.01, 2.0)
+    batch = refl_lora.MicroBatch(PROMPTS, prompt_embeds, noise, STOP, weight=3.0)
+    [(result, gradients)] = refl_lora.refl_step(models, [batch], 0.01, 2.0)
+    assert result.loss.item() == plain.loss.item()
+    assert relative_difference(gradients, [3 * gradient for gradient in plain.gradients]) < 1e-12
+    eps = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    x0 = models.ddpm.predict_x0(torch.ones((), dtype=torch.float64), eps, STOP)
+    assert models.ddpm.x0_slope(STOP) == pytest.approx(-torch.autograd.grad(x0, eps)[0].item(), rel=1e-12)
 
 
 def test_gradient_is_that_of_finite_differences(parts, reward):
@@ -142,10 +189,10 @@ def test_gradient_does_not_depend_on_how_it_is_computed(parts, reward):
     assert scaled.loss.item() == pytest.approx(together.loss.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("together", [1, 2, 3, 100])
-def test_micro_batches_are_rolled_out_together_as_alone(parts, reward, guidance_scale, together):
-    models, prompt_embeds, noise = build(parts, reward, guidance_scale=guidance_scale)
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("together", [1, 2, 100])
+def test_micro_batches_are_rolled_out_together_as_alone(parts, reward, guidance, together):
+    models, prompt_embeds, noise = build(parts, reward, guidance=guidance)
     batches = [
         refl_lora.MicroBatch(
             [PROMPTS[i % 3]], prompt_embeds[..., i % 3 : i % 3 + 1, :, :], (i + 1) * noise[i % 3, None], stop
@@ -214,7 +261,7 @@ def test_saturated_share_is_counted(parts, reward):
         [(latents, x0)] = refl_lora.rollout(
             models, [refl_lora.MicroBatch(PROMPTS, prompt_embeds, noise, STOP)]
         )
-        eps = refl_lora.predict_noise(models, latents, STOP, prompt_embeds)
+        eps = refl_lora.predict_noise(models, latents, STOP, prompt_embeds, 1.0)
         assert torch.equal(x0, models.ddpm.predict_x0(latents, eps, STOP))
         pictures = diffusion.decode(models.vae, x0)
     share = ((pictures < 0) | (pictures > 1)).double().mean().item()
