@@ -47,6 +47,7 @@ from typing import Literal
 from refl import board, checkpoints, devices, diffusion, doctor, randomness, rewards
 from refl.errors import UserError, is_first_process, run_as_command
 from refl.files import write_whole
+from refl.guard import Guard, Seen
 from refl.lean import lora_cast_once, lora_off, make_lean
 from refl.pictures import read_captioned, read_square
 from refl.prompts import prompt_index, read_prompts
@@ -230,6 +231,8 @@ def _as_argument(name: str, value: str | int | float | bool | None) -> str:
     return f"--{name if value else 'no_' + name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
+BEST = "best"  # folder of the best LoRA so far, inside --output_dir
+
 # Options that the LoRA does not depend on, or only to rounding.
 HARMLESS = """options_file check output_dir also_kohya prompts train_batch_size decode_batch_size
     rollout_batch_size gradient_checkpointing low_memory checkpointing_steps checkpoints_total_limit
@@ -278,6 +281,7 @@ def check_options(options: Options) -> None:
             lambda v: v >= 1,
             "be 1 or more",
         ),
+        ("early_stop", lambda v: not v or o.validation_steps, "have --validation_steps above 0"),
         ("noise_distance_weight pretrain_weight", lambda v: 0 <= v < math.inf, "be 0 or more"),
         ("lora_shrinkage", lambda v: 0 <= v < 1, "be at least 0 and below 1"),
         (
@@ -735,15 +739,16 @@ def main() -> None:
         name: value for name, value in dataclasses.asdict(options).items() if name != "options_file"
     }
 
-    def lora_files(content: bytes) -> dict[Path, bytes]:
-        files = {output / diffusion.LORA_FILE: content}
+    def lora_files(content: bytes, folder: Path) -> dict[Path, bytes]:
+        files = {folder / diffusion.LORA_FILE: content}
         if options.also_kohya:
-            files[output / diffusion.KOHYA_FILE] = diffusion.to_kohya(content)
+            files[folder / diffusion.KOHYA_FILE] = diffusion.to_kohya(content)
         return files
 
-    def save_lora(content: bytes) -> None:
+    def save_lora(content: bytes, folder: Path) -> None:
         try:
-            for file, own in lora_files(content).items():
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, own in lora_files(content, folder).items():
                 write_whole(file, own)
             write_whole(output / "options.json", json.dumps(saved_options, indent=2) + "\n")
         except OSError as error:
@@ -751,14 +756,19 @@ def main() -> None:
                 f"{output} cannot be written: {error}. Make room and give the same command again."
             ) from error
 
-    if checkpoint and progress.step >= options.max_train_steps:
+    def result(last: bytes) -> bytes:
+        """The LoRA that the run is for: the best one where there is a guard, else the last."""
+        best = output / BEST / diffusion.LORA_FILE
+        return best.read_bytes() if options.early_stop and best.exists() else last
+
+    reason = Guard.from_state(progress.guard).reason
+    if checkpoint and (progress.step >= options.max_train_steps or reason):
         if accelerator.is_main_process:  # it may have been ended between its last checkpoint and its LoRA
-            content = checkpoint[diffusion.LORA_FILE]
-            if any(
-                not file.exists() or file.read_bytes() != own for file, own in lora_files(content).items()
-            ):
-                save_lora(content)
-            print(f"finished before: {progress.step} steps; LoRA in {output / diffusion.LORA_FILE}")
+            files = lora_files(content := result(checkpoint[diffusion.LORA_FILE]), output)
+            if any(not file.exists() or file.read_bytes() != own for file, own in files.items()):
+                save_lora(content, output)
+            stopped = f", where {reason}" if reason else ""
+            print(f"finished before: {progress.step} steps{stopped}; LoRA in {output / diffusion.LORA_FILE}")
         return
     if checkpoint:
         accelerator.print(f"going on after step {progress.step}")
@@ -943,6 +953,20 @@ def main() -> None:
             options.seed, batch, accelerator,
         )  # fmt: skip
         total = models.rewards.total(found.scores)  # (N,)
+        if options.early_stop:
+            guard = Guard.from_state(progress.guard)
+            is_best = guard.look(
+                Seen(
+                    step,
+                    total.tolist(),
+                    found.saturated.tolist(),
+                    models.held_out and models.held_out.total(found.held_out).tolist(),
+                    None if found.diversity is None else found.diversity.tolist(),
+                )
+            )
+            progress.guard = guard.state()
+            if is_best and accelerator.is_main_process:
+                save_lora(diffusion.pack_lora(parts.unet, lora_metadata()), output / BEST)
         if writer:
             shown = found.pictures[: board.MAX_PICTURES]
             named = [
@@ -1099,8 +1123,12 @@ def main() -> None:
             if is_validated(step + 1):
                 show_validation(step + 1)
             is_due = options.checkpointing_steps and (step + 1) % options.checkpointing_steps == 0
-            if (is_due or is_told) and save_checkpoint():
+            reason = Guard.from_state(progress.guard).reason
+            if (is_due or is_told or reason) and save_checkpoint():
                 saved_step = step + 1
+            if reason:
+                accelerator.print(f"stopped early after step {step + 1}: {reason}")
+                break
             if is_told:
                 raise Stopped(signals.received or signal.SIGTERM)
     except Stopped as stopped:
@@ -1132,9 +1160,11 @@ def main() -> None:
     if ending:
         raise ending
     if accelerator.is_main_process:
-        save_lora(diffusion.pack_lora(parts.unet, lora_metadata()))
-        seconds = time.perf_counter() - started
-        print(f"{len(remaining)} steps in {seconds:.0f} s; LoRA in {output / diffusion.LORA_FILE}")
+        save_lora(result(diffusion.pack_lora(parts.unet, lora_metadata())), output)
+        seconds, done = time.perf_counter() - started, progress.step - remaining.start
+        best = progress.guard["best"]["step"] if options.early_stop else progress.step
+        which = "" if best == progress.step else f" is that of step {best}, the best,"
+        print(f"{done} steps in {seconds:.0f} s; LoRA{which} in {output / diffusion.LORA_FILE}")
         if progress.validation is not None:
             print(f"validation reward {progress.first_validation:+.3f} -> {progress.validation:+.3f}")
     accelerator.end_training()

@@ -115,6 +115,7 @@ class Progress:
     nonfinite_in_a_row: int = 0
     validation: float | None = None  # the last mean reward
     first_validation: float | None = None
+    guard: dict = field(default_factory=dict)  # of --early_stop, after the last validation
     scaler: dict = field(default_factory=dict)  # GradScaler's state after the last step that was not skipped
 
     def forget_nonfinite_steps(self) -> None:

@@ -2,12 +2,14 @@
 drawn."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from refl.errors import UserError
-from refl.lean import make_lean
+from refl.lean import lora_off, make_lean
 
 import torch
 from diffusers import (
@@ -288,8 +290,11 @@ def read_metadata(path: str | Path) -> dict:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def load_lora(pipeline: StableDiffusionPipeline, path: str | Path, scale: float) -> None:
-    """Put a LoRA in diffusers' (or kohya's) format into the pipeline at `scale`."""
+def load_lora(
+    pipeline: StableDiffusionPipeline, path: str | Path, scale: float, in_uncond: bool = True
+) -> None:
+    """Put a LoRA in diffusers' (or kohya's) format into the pipeline at `scale`; not `in_uncond`: guidance
+    takes the prediction for the empty prompt from the model without it."""
     file = lora_file(path)
     read_metadata(file)
     try:
@@ -298,11 +303,29 @@ def load_lora(pipeline: StableDiffusionPipeline, path: str | Path, scale: float)
         )
         pipeline.set_adapters("default", scale)
         make_lean(pipeline.unet)
+        vars(pipeline.unet).pop("forward", None)
+        if not in_uncond:
+            pipeline.unet.forward = partial(_without_lora_in_uncond, pipeline, pipeline.unet.forward)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{file} does not fit this model; it was made for another architecture ({reason})."
         ) from error
+
+
+def _without_lora_in_uncond(
+    pipeline: StableDiffusionPipeline, forward: Callable, sample: Tensor, t: Tensor,
+    encoder_hidden_states: Tensor, **options,
+) -> tuple[Tensor]:  # fmt: skip
+    """The UNet as the pipeline calls it: in guidance the first half of the rows is for the empty prompt."""
+    if not pipeline.do_classifier_free_guidance:
+        return forward(sample, t, encoder_hidden_states=encoder_hidden_states, **options)
+    rows = list(zip(sample.chunk(2), encoder_hidden_states.chunk(2), strict=True))
+    eps = []
+    for (own, embeds), context in zip(rows, (lora_off(pipeline.unet), nullcontext()), strict=True):
+        with context:
+            eps.append(forward(own, t, encoder_hidden_states=embeds, **options)[0])
+    return (torch.cat(eps),)
 
 
 # -------------------------------------------------------------------------------------------------- inference

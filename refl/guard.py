@@ -1,0 +1,93 @@
+"""When to stop: the reward that is trained still rises, and what it stands for gets worse.
+
+A reward model is a proxy. Optimised for too long it is satisfied by pictures that nobody wants, and its own
+value does not tell. Three things do, on prompts that are not trained on: rewards that are not trained on,
+pictures of a prompt that become all alike, and colours driven to their limits. Each validation draws from the
+same noise, so two of them are compared picture by picture, and "worse" means worse beyond what the spread of
+these differences explains by chance.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+MIN_Z = 2.33  # a one-sided test that is wrong once in a hundred times
+MIN_DIVERSITY = 0.5  # of the base model's; some is always lost, since right pictures are more alike
+MAX_SATURATED = 0.05  # share of colour values, beyond the base model's
+
+
+@dataclass
+class Seen:
+    """What one validation found."""
+
+    step: int
+    rewards: list[float]  # of each picture, trained
+    saturated: list[float]  # of each picture
+    held_out: list[float] | None = None  # of each picture, not trained
+    diversity: list[float] | None = None  # of each prompt
+
+    @property
+    def quality(self) -> float:
+        """What the best is chosen by."""
+        return float(np.mean(self.rewards if self.held_out is None else self.held_out))
+
+
+@dataclass
+class Guard:
+    """Remembers the base model's validation and the best one."""
+
+    base: Seen | None = None
+    best: Seen | None = None
+    reason: str | None = None  # to stop, once there is one
+
+    def look(self, seen: Seen) -> bool:
+        """Whether this validation is the best so far; sets `reason` when it is time to stop."""
+        if self.base is None:
+            self.base = self.best = seen
+            return True
+        complaints = self._complaints(seen)
+        if complaints and np.mean(seen.rewards) > np.mean(self.best.rewards):
+            self.reason = "the reward still rises, but " + " and ".join(complaints)
+        if complaints or seen.quality <= self.best.quality:
+            return False
+        self.best = seen
+        return True
+
+    def _complaints(self, seen: Seen) -> list[str]:
+        """What got worse beyond noise, in words."""
+        base, best, complaints = self.base, self.best, []
+        if seen.held_out is not None and is_lower(seen.held_out, best.held_out):
+            complaints.append(
+                f"the held-out reward fell from {np.mean(best.held_out):+.3f} (step {best.step}) to "
+                f"{np.mean(seen.held_out):+.3f}"
+            )
+        if seen.diversity is not None and is_lower(seen.diversity, MIN_DIVERSITY * np.array(base.diversity)):
+            complaints.append(
+                f"diversity fell to {np.mean(seen.diversity) / np.mean(base.diversity):.0%} of what it was"
+            )
+        if is_lower(np.array(base.saturated) + MAX_SATURATED, seen.saturated):
+            complaints.append(
+                f"saturated colours rose from {np.mean(base.saturated):.0%} to {np.mean(seen.saturated):.0%}"
+            )
+        return complaints
+
+    def state(self) -> dict:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict) -> "Guard":
+        """What `state` gave."""
+        seen = {name: state.get(name) and Seen(**state[name]) for name in ("base", "best")}
+        return cls(**seen, reason=state.get("reason"))
+
+
+def is_lower(values: Sequence[float], reference: Sequence[float]) -> bool:
+    """Whether `values` are lower in the mean than `reference`, pair by pair, beyond chance: a paired,
+    one-sided test."""
+    difference = np.asarray(values, float) - np.asarray(reference, float)
+    if len(difference) < 2:
+        return False
+    error = difference.std(ddof=1) / len(difference) ** 0.5
+    return bool(difference.mean() < -MIN_Z * error) and difference.mean() < -1e-6
