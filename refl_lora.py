@@ -44,7 +44,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from refl import board, checkpoints, devices, diffusion, doctor, randomness, rewards
+from refl import board, card, checkpoints, devices, diffusion, doctor, randomness, rewards
 from refl.errors import UserError, is_first_process, run_as_command
 from refl.files import write_whole
 from refl.guard import Guard, Seen
@@ -790,7 +790,9 @@ def main() -> None:
         lora_in_uncond=options.lora_in_uncond,
     )
     if options.held_out_reward:
-        models.held_out = rewards.load(options.held_out_reward, options.reward_path, home, torch.float32)
+        models.held_out = rewards.load(
+            options.held_out_reward, options.reward_path, home, weight_dtype, "--held_out_reward"
+        )
     frozen = [parts.unet, parts.vae, *models.rewards.modules()]
     frozen += models.held_out.modules() if models.held_out else []
     for model in (parts.unet, parts.vae):
@@ -1164,6 +1166,10 @@ def main() -> None:
         seconds, done = time.perf_counter() - started, progress.step - remaining.start
         best = progress.guard["best"]["step"] if options.early_stop else progress.step
         which = "" if best == progress.step else f" is that of step {best}, the best,"
+        try:
+            card.write(output)
+        except UserError as error:
+            print(f"WARNING: no model card: {error}", file=sys.stderr)
         print(f"{done} steps in {seconds:.0f} s; LoRA{which} in {output / diffusion.LORA_FILE}")
         if progress.validation is not None:
             print(f"validation reward {progress.first_validation:+.3f} -> {progress.validation:+.3f}")

@@ -202,7 +202,7 @@ def check_files(options: Any) -> str:
 
     named = rewards.parse(options.reward)
     if options.held_out_reward:
-        named |= rewards.parse(options.held_out_reward)
+        named |= rewards.parse(options.held_out_reward, "--held_out_reward")
     check_weights(
         options.pretrained_model_name_or_path, options.reward_path if "imagereward" in named else None
     )

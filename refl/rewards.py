@@ -114,8 +114,8 @@ class WeightedRewards:
         self.proven.add(name)
 
 
-def parse(specification: str) -> dict[str, tuple[float, RewardLoader]]:
-    """Weight and loader of each reward in `--reward`, by its name in logs. Raises `UserError`.
+def parse(specification: str, option: str = "--reward") -> dict[str, tuple[float, RewardLoader]]:
+    """Weight and loader of each reward that `option` names, by its name in logs. Raises `UserError`.
 
     Modules are imported, also from the folder where the command was given; nothing is loaded.
     """
@@ -127,37 +127,43 @@ def parse(specification: str) -> dict[str, tuple[float, RewardLoader]]:
             try:
                 source, weight = before, float(last)
             except ValueError as error:
-                raise UserError(f"--reward {specification}: the weight of {before} is {last!r}.") from error
+                raise UserError(f"{option} {specification}: the weight of {before} is {last!r}.") from error
         if not math.isfinite(weight) or weight == 0:
             raise UserError(
-                f"--reward {specification}: the weight of {source} must be a number other than 0."
+                f"{option} {specification}: the weight of {source} must be a number other than 0."
             )
         is_function = ":" in source and all(
             part.isidentifier() for part in source.replace(":", ".").split(".")
         )
         if source not in REWARDS and not is_function:
             raise UserError(
-                f"--reward {specification}: {source or 'nothing'} is not a reward; name {', '.join(REWARDS)} "
+                f"{option} {specification}: {source or 'nothing'} is not a reward; name {', '.join(REWARDS)} "
                 "or a function, as module:function (my_rewards:redness), with a weight after it if you like "
                 "(my_rewards:redness:0.5)."
             )
         name = source.replace(":", ".")
         if name in parsed:
-            raise UserError(f"--reward {specification}: {source} is named twice.")
-        parsed[name] = weight, REWARDS[source] if source in REWARDS else _loader(source)
+            raise UserError(f"{option} {specification}: {source} is named twice.")
+        parsed[name] = weight, REWARDS[source] if source in REWARDS else _loader(source, option)
     return parsed
 
 
-def load(specification: str, folder: str | Path, device: torch.device, dtype: torch.dtype) -> WeightedRewards:
-    """The rewards of `--reward`; `folder` and `dtype` are for those with published weights."""
-    parsed = parse(specification)
+def load(
+    specification: str,
+    folder: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    option: str = "--reward",
+) -> WeightedRewards:
+    """The rewards that `option` names; `folder` and `dtype` are for those with published weights."""
+    parsed = parse(specification, option)
     return WeightedRewards(
         {name: loader(folder, device, dtype) for name, (_, loader) in parsed.items()},
         {name: weight for name, (weight, _) in parsed.items()},
     )
 
 
-def _loader(source: str) -> RewardLoader:
+def _loader(source: str, option: str) -> RewardLoader:
     """Loader of a person's own reward, `module:function`."""
     module, _, function = source.partition(":")
     if os.getcwd() not in sys.path:
@@ -167,24 +173,24 @@ def _loader(source: str) -> RewardLoader:
     except ModuleNotFoundError as error:
         where = f"looked for in {os.getcwd()} and among what is installed"
         reason = where if f"{module}.".startswith(f"{error.name}.") else f"{module} imports it"
-        raise UserError(f"--reward {source}: there is no module {error.name} ({reason}).") from error
+        raise UserError(f"{option} {source}: there is no module {error.name} ({reason}).") from error
     file = getattr(found, "__file__", None) or module
     try:
         for part in function.split("."):
             found = getattr(found, part)
     except AttributeError as error:
-        raise UserError(f"--reward {source}: there is no {function} in {file}.") from error
+        raise UserError(f"{option} {source}: there is no {function} in {file}.") from error
     if not callable(found):
         raise UserError(
-            f"--reward {source}: a {type(found).__name__} is not a function of (images, prompts)."
+            f"{option} {source}: a {type(found).__name__} is not a function of (images, prompts)."
         )
     if isinstance(found, type):
         try:
             inspect.signature(found).bind()
         except TypeError as error:
-            raise UserError(f"--reward {source}: the class is made without arguments ({error}).") from error
+            raise UserError(f"{option} {source}: the class is made without arguments ({error}).") from error
         if not any("__call__" in vars(base) for base in found.__mro__):
-            raise UserError(f"--reward {source}: the class has no __call__(images, prompts).")
+            raise UserError(f"{option} {source}: the class has no __call__(images, prompts).")
 
     def load_own(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Reward:
         reward = found() if isinstance(found, type) else found

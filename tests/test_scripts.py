@@ -70,6 +70,7 @@ def test_a_run_writes_these_files_and_no_others(trained):
     files = {path.relative_to(trained / "world2").as_posix() for path in (trained / "world2").rglob("*.*")}
     assert {re.sub(r"events\.out.*", "events", file) for file in files} == {
         LORA, "options.json", "logs/events",
+        "README.md", "curves.png", "validation_before.png", "validation_after.png",
         *(f"checkpoint-3/{name}" for name in (LORA, "optimizer.safetensors", "state.json", "checksums.json")),
     }  # fmt: skip
     metadata = diffusion.read_metadata(trained / "world2")
@@ -172,6 +173,8 @@ def test_a_run_repeats_from_its_options_file(training_options, tmp_path, monkeyp
     [
         "--gradient_checkpointing --decode_batch_size 2",
         "--guidance_scale 3 --reward_target None",
+        "--guidance_scale 3 --guidance_in rollout --no_lora_in_uncond --normalize_by_stop",
+        "--noise_distance_weight 0.1 --lora_shrinkage 0.01 --low_memory",
         "--mixed_precision bf16 --allow_tf32",
         "--mixed_precision fp16 --max_grad_norm inf",
         "--validation_steps 0 --report_to none --resolution 128",
@@ -313,6 +316,13 @@ MISTAKES = {
     "--grad_scale -1": "--grad_scale -1.0: must be positive",
     "--resolution 100": "multiples of 64 pixels, such as 64 or 128",
     "--resolution -64": "multiples of 64",
+    "--guidance_in rollout": "go with a --guidance_scale other than 1",
+    "--lora_shrinkage 1": "--lora_shrinkage 1.0: must be at least 0 and below 1",
+    "--noise_distance_weight -1": "--noise_distance_weight -1.0: must be 0 or more",
+    "--early_stop --validation_steps 0": "have --validation_steps above 0",
+    "--validation_images_per_prompt 0": "must be 1 or more",
+    "--pretrain_data nowhere": "nowhere: there is no such folder",
+    "--held_out_reward pickscore": "--held_out_reward pickscore: pickscore is not a reward",
     "--reward pickscore": "--reward pickscore: pickscore is not a reward; name imagereward or a function",
     "--prompts nowhere.txt": "nowhere.txt: the prompts file cannot be read",
     "--validation_prompts nowhere.txt": "nowhere.txt",

@@ -1,0 +1,314 @@
+"""The model card of a training's output folder: README.md with curves and pictures, for people and for the
+Hugging Face Hub.
+
+python -m refl.card checkpoint/refl_lora
+python -m refl.card checkpoint/refl_lora --evaluation result/evaluation
+
+Everything is read from the folder itself; what is not there is left out. The text is card.md.jinja.
+"""
+
+import hashlib
+import io
+import json
+import math
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from refl import checkpoints, diffusion
+from refl.errors import UserError, run_as_command
+from refl.files import write_whole
+from refl.prompts import read_prompts
+
+import numpy as np
+import tyro
+from jinja2 import Environment, FileSystemLoader, UndefinedError
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+EVALUATION, BEFORE_AFTER = "evaluation.json", "before_after.png"  # an evaluation's, kept in the folder
+MAIN_OPTIONS = """learning_rate max_train_steps rank train_batch_size gradient_accumulation_steps
+    num_inference_steps min_stop max_stop guidance_scale grad_scale reward_target seed""".split()
+EXTRA_OPTIONS = """normalize_by_stop noise_distance_weight lora_shrinkage pretrain_data held_out_reward
+    early_stop""".split()  # shown first as well, where they are set
+
+
+@dataclass
+class Options:
+    """Write the model card of a LoRA, README.md, into its folder."""
+
+    folder: tyro.conf.Positional[str] = "checkpoint/refl_lora"
+    """Training's --output_dir."""
+    evaluation: str | None = None
+    """Folder of an evaluation of this LoRA; its evaluation.json and grid.png are kept beside the card."""
+
+
+def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
+    """Write README.md and its pictures; an evaluation, once given, stays. The same files make the same bytes.
+
+    Raises `UserError` for a folder without a LoRA, one that cannot be written, an evaluation that is none.
+    """
+    folder = Path(folder)
+    lora = folder / diffusion.LORA_FILE
+    if not lora.is_file():
+        raise UserError(f"no LoRA at {lora}; name the --output_dir of a training that is finished.")
+    digest = hashlib.sha256(lora.read_bytes()).hexdigest()
+    facts, files = _training(folder)
+    kept, has_picture = _read_json(folder / EVALUATION), (folder / BEFORE_AFTER).is_file()
+    if evaluation:
+        kept = _read_json(Path(evaluation) / EVALUATION) | {"lora_sha256": digest}
+        grid = Path(evaluation) / "grid.png"
+        files[EVALUATION] = json.dumps(kept, indent=2) + "\n"
+        if has_picture := grid.is_file():
+            files[BEFORE_AFTER] = grid.read_bytes()
+    facts |= {"evaluation": kept, "is_current": kept.get("lora_sha256") == digest, "has_picture": has_picture}
+    try:
+        card = _render(facts | {"cases": _cases(kept, folder)})
+    except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
+        if evaluation:
+            raise UserError(f"--evaluation {evaluation}: no {EVALUATION} there that can be read.") from error
+        card = _render(facts | {"cases": []})
+    try:
+        for name, content in (files | {"README.md": card}).items():
+            write_whole(folder / name, content)
+        if not has_picture:
+            (folder / BEFORE_AFTER).unlink(missing_ok=True)  # of an earlier evaluation
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}.") from error
+    return folder / "README.md"
+
+
+def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:
+    """What the card says of the training, and its pictures by file name."""
+    lora = folder / diffusion.LORA_FILE
+    metadata, options, state = (
+        diffusion.read_metadata(lora),
+        _read_json(folder / "options.json"),
+        _state(folder),
+    )
+    scalars, pictures = _read_events(folder / str(options.get("logging_dir", "logs")))
+    step = metadata.get("step")
+    pictures = _first_and_last(pictures, step)
+    names = ("validation_before.png", "validation_after.png")
+    files = {name: picture.encoded_image_string for name, picture in zip(names, pictures, strict=False)}
+    if scalars:
+        files["curves.png"] = curves(scalars, step)
+    main_options = MAIN_OPTIONS + [name for name in EXTRA_OPTIONS if options.get(name)]
+    facts = {
+        "metadata": metadata,
+        "options": options,
+        "main_options": {name: options[name] for name in main_options if name in options},
+        "state": state,
+        "is_sd14": _is_sd14(lora, str(metadata.get("base_model"))),
+        "sampler": getattr(diffusion.SAMPLERS.get(str(metadata.get("sampler"))), "__name__", None),
+        "drawing": _drawing(metadata),
+        "lora_file": lora.name,
+        "kohya_file": diffusion.KOHYA_FILE,
+        "has_kohya": (folder / diffusion.KOHYA_FILE).is_file(),
+        "has_curves": bool(scalars),
+        "pictures": pictures,
+        "validation": _first_and_last(scalars.get("validation/reward", []), step),
+        "time": _time(scalars),
+        "data": _data(options, state.get("decides", {})),
+    }
+    return facts, files
+
+
+# ---------------------------------------------------------------------------------------------- what there is
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object; {} where there is none that can be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_events(folder: Path) -> tuple[dict[str, list], list]:
+    """TensorBoard's finite scalars by tag and the pictures of validation; none where none can be read."""
+    everything = {"scalars": 0, "images": 0, "histograms": 1, "compressedHistograms": 1}  # 0: all of them
+    try:
+        events = EventAccumulator(str(folder), size_guidance=everything).Reload()
+        tags, pictures = events.Tags(), "validation/pictures"
+        scalars = {tag: [p for p in events.Scalars(tag) if math.isfinite(p.value)] for tag in tags["scalars"]}
+        return scalars, events.Images(pictures) if pictures in tags["images"] else []
+    except Exception:  # TensorBoard's own kinds, of a folder that is not there or files it cannot read
+        return {}, []
+
+
+def _state(folder: Path) -> dict:
+    """What the newest checkpoint says of the run."""
+    steps = checkpoints.steps(folder)
+    return _read_json(folder / f"checkpoint-{max(steps)}" / checkpoints.STATE) if steps else {}
+
+
+def _first_and_last(points: list, step: int | None) -> list:
+    """The first point and the last one up to `step`, the LoRA's; [] if there are no two."""
+    points = [point for point in points if step is None or point.step <= step]
+    return [points[0], points[-1]] if len(points) > 1 else []
+
+
+def _is_sd14(lora: Path, base_model: str) -> bool:
+    """Whether the base model is called so and the LoRA has the widths of SD 1's first attention layers."""
+    block = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+    widths = {f"{block}.attn1.to_q.lora.down.weight": 320, f"{block}.attn2.to_k.lora.down.weight": 768}
+    with safe_open(lora, framework="pt") as tensors:
+        return Path(base_model).name == "stable-diffusion-v1-4" and all(
+            key in set(tensors.keys()) and tensors.get_slice(key).get_shape()[1] == width
+            for key, width in widths.items()
+        )
+
+
+def _drawing(metadata: dict) -> str:
+    """Arguments of the pipeline that draw as in training."""
+    side = metadata.get("resolution")
+    wanted = {name: metadata.get(name) for name in ("num_inference_steps", "guidance_scale")}
+    wanted |= {"height": side, "width": side}
+    return "".join(f", {name}={value}" for name, value in wanted.items() if isinstance(value, int | float))
+
+
+def _time(scalars: dict[str, list]) -> str | None:
+    """When the run ended, and how long its steps took."""
+    if not (steps := scalars.get("seconds/total")):
+        return None
+    day = datetime.fromtimestamp(steps[-1].wall_time, UTC).date()
+    minutes = sum(point.value for point in steps) / 60
+    return f"The {len(steps)} steps logged took {minutes:.1f} minutes, the last one on {day} (UTC)."
+
+
+def _data(options: dict, decides: dict) -> list[str]:
+    """What was trained and validated on; prompts are counted if their file is still the one of the run."""
+    lines = []
+    if path := options.get("prompts"):
+        line = f"Trained on the prompts of {code(Path(str(path)).name)}"
+        if digest := decides.get("prompts"):
+            try:
+                prompts = read_prompts(str(path))
+            except UserError:
+                prompts = []
+            if hashlib.sha256("\n".join(prompts).encode()).hexdigest() == digest:
+                line += f", {len(prompts)} of them"
+            line += f"; SHA-256 {code(digest)}"
+        lines.append(line)
+    if path := options.get("validation_prompts"):
+        lines.append(f"Validated on prompts of {code(Path(str(path)).name)}")
+    if path := options.get("pretrain_data"):
+        lines.append(f"Regularised by the captioned pictures of {code(Path(str(path)).name)}")
+    elif lines:
+        lines.append("No pictures were trained on")
+    return lines
+
+
+def _cases(evaluation: dict, folder: Path) -> list[tuple[dict, dict]]:
+    """Each evaluated LoRA with the base model at the same guidance; the folder's own first."""
+    if not evaluation:
+        return []
+    bases = {case["guidance_scale"]: case for case in evaluation["cases"] if case["lora_path"] is None}
+    loras = [case for case in evaluation["cases"] if case["against_base"]]
+    own = {folder.resolve().name, diffusion.LORA_FILE}
+    loras.sort(key=lambda case: Path(case["lora_path"]).name not in own)
+    return [(case, bases[case["guidance_scale"]]) for case in loras]
+
+
+# ------------------------------------------------------------------------------------------------------- text
+
+
+def escape(value: object) -> str:
+    """A value as one line of plain text, nothing of which Markdown or its tables take for theirs."""
+    line = " ".join(str(value).split())
+    return re.sub(r"[^\w\s.,:+/=%()-]|_", lambda found: f"&#{ord(found[0])};", line)
+
+
+def code(value: object) -> str:
+    """A value as one line of code, in a table as well."""
+    line = " ".join(str(value).split())
+    return f"`{line}`" if line and not set("`|\\") & set(line) else f"<code>{escape(line)}</code>"
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """A number, or nothing where there is none."""
+    return "" if value is None else format(value, form)
+
+
+def share(count: float, outcomes: dict) -> str:
+    """A count or share of wins, ties and losses in per cent of all."""
+    return f"{count / (outcomes['win'] + outcomes['tie'] + outcomes['loss']):.0%}"
+
+
+def _render(facts: dict) -> str:
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {"text": escape, "code": code, "number": number, "share": share}
+    text = templates.get_template("card.md.jinja").render(**facts)
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+# ----------------------------------------------------------------------------------------------------- curves
+
+
+def curves(scalars: dict[str, list], lora_step: int | None = None) -> bytes:
+    """A PNG of reward, validation, loss and gradient norm by step."""
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    reward, validation, loss, norm = figure.subplots(2, 2).flat
+    for axis, tag, title in (
+        (reward, "reward/mean", "reward of the pictures trained on"),
+        (loss, "loss", "loss"),
+        (norm, "gradient_norm", "gradient norm before clipping"),
+    ):
+        _plot_smoothed(axis, scalars.get(tag, []))
+        axis.set_title(title)
+    seen = []
+    for tag in sorted(scalars, key=lambda tag: (tag != "validation/reward", tag)):
+        values = [point.value for point in scalars[tag]]
+        if tag.startswith("validation/") and values not in seen:  # a reward that is the whole sum
+            seen.append(values)
+            validation.plot(
+                [p.step for p in scalars[tag]], values, "o-", ms=3.5, lw=1.5, clip_on=False, label=tag[11:]
+            )
+    validation.set_title("validation, always from the same noise")
+    if len(seen) > 1:
+        validation.legend(frameon=False, fontsize=8)
+    last = max((points[-1].step for points in scalars.values() if points), default=0)
+    for axis in (reward, validation, loss, norm):
+        axis.set_xlim(0, last or 1)
+        axis.set_xlabel("step", color="0.4", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.title.set(fontsize=10, color="0.2")
+        axis.tick_params(labelsize=8, colors="0.4", length=0)
+        axis.grid(lw=0.5, color="0.9")
+        axis.set_axisbelow(True)
+        axis.spines[:].set_visible(False)
+        if lora_step is not None and lora_step < last:
+            axis.axvline(lora_step, color="0.5", lw=0.8, ls=":")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
+    return content.getvalue()
+
+
+def _plot_smoothed(axis: Axes, points: list) -> None:
+    """The points faintly, and their mean over a fifteenth of them."""
+    steps, values = [point.step for point in points], [point.value for point in points]
+    half = len(values) // 30
+    mean = [np.mean(values[max(0, index - half) : index + half + 1]) for index in range(len(values))]
+    axis.plot(steps, values, color="C0", lw=0.8, alpha=0.3)
+    axis.plot(steps, mean, color="C0", lw=1.8)
+
+
+def main() -> None:
+    """Write the card as asked."""
+    options = tyro.cli(Options, prog="python -m refl.card", use_underscores=True)
+    print(f"model card written: {write(options.folder, options.evaluation)}")
+
+
+if __name__ == "__main__":
+    run_as_command(main)

@@ -1,0 +1,246 @@
+"""Against over-optimising the reward: when the guard stops, the best LoRA, regularisers, pretraining."""
+
+import json
+import re
+
+import refl_lora
+from refl import checkpoints, diffusion, pictures
+from refl.errors import UserError
+from refl.guard import Guard, Seen, is_lower
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_scripts import LORA, events, run_in_process
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.normal(0, 1, 64)  # of the pictures: the same at each validation
+
+
+def seen(step, reward, held_out=0.0, saturated=0.1, diversity=1.0, spread=0.1) -> Seen:
+    """A validation of 64 pictures of 32 prompts with these means, and a spread from one to the next."""
+    own = [NOISE + RNG.normal(mean, spread, 64) for mean in (reward, held_out)]
+    saturated = np.abs(RNG.normal(saturated, spread / 10, 64))
+    return Seen(step, list(own[0]), list(saturated), list(own[1]), list(RNG.normal(diversity, spread, 32)))
+
+
+# ------------------------------------------------------------------------------------------------- the guard
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        (seen(30, 0.8, held_out=0.1), "the held-out reward fell"),
+        (seen(30, 0.8, held_out=0.6, diversity=0.1), "diversity fell to 1.%"),
+        (seen(30, 0.8, held_out=0.6, saturated=0.4), "saturated colours rose from 10% to 40%"),
+        (seen(30, 0.8, held_out=0.1, diversity=0.1), "the held-out reward fell .* and diversity fell"),
+        (seen(30, 0.8, held_out=0.6), None),  # better in everything
+        (
+            seen(30, 0.8, held_out=0.49, diversity=0.7, saturated=0.12),
+            None,
+        ),  # no more than chance or tolerance
+        (seen(30, 0.1, held_out=0.1), None),  # the reward fell as well: nothing is hacked
+    ],
+)
+def test_it_stops_when_the_reward_rises_and_something_else_gets_worse(last, reason):
+    guard = Guard()
+    for validation in (seen(0, 0), seen(10, 0.3, 0.3), seen(20, 0.5, 0.5)):
+        assert guard.look(validation) and guard.reason is None
+    assert guard.best.step == 20
+    is_best = guard.look(last)
+    assert is_best == (reason is None and np.mean(last.held_out) > np.mean(guard.base.held_out) + 0.5)
+    assert guard.best.step == (30 if is_best else 20)
+    assert guard.reason is None if reason is None else re.search(reason, guard.reason)
+
+
+def test_chance_seldom_stops_it():
+    """Of 400 validations of a model that does not change, about one in a hundred is called worse."""
+    reference = NOISE
+    false_alarms = sum(is_lower(reference + RNG.normal(0, 0.5, 64), reference) for _ in range(400))
+    assert 0 <= false_alarms <= 12
+    assert all(is_lower(reference - 0.5 + RNG.normal(0, 0.5, 64), reference) for _ in range(50))
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, 1.0]])
+def test_what_cannot_be_compared_is_not_worse(values):
+    assert not is_lower(values, values)
+
+
+def test_its_state_goes_through_json():
+    guard = Guard()
+    for validation in (seen(0, 0), seen(10, 0.3, 0.3), seen(20, 0.8, -0.5)):
+        guard.look(validation)
+    assert guard.reason
+    assert Guard.from_state(json.loads(json.dumps(guard.state()))) == guard
+    assert Guard.from_state({}) == Guard()
+
+
+# ------------------------------------------------------------------------------------------------ in training
+
+
+@pytest.fixture
+def hacked(training_options, tmp_path, monkeypatch):
+    """Options of a run whose reward can only rise if the held-out one falls."""
+    (tmp_path / "two_rewards.py").write_text(
+        "def red(images, prompts): return images[:, 0].mean((1, 2))\n"
+        "def not_red(images, prompts): return -images[:, 0].mean((1, 2)).detach()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return [
+        *training_options,
+        *"--reward two_rewards:red --held_out_reward two_rewards:not_red --reward_target None".split(),
+        *"--learning_rate 3e-2 --validation_steps 2 --validation_images_per_prompt 2".split(),
+        *"--num_validation_images 4 --max_train_steps 8 --checkpointing_steps 3 --early_stop".split(),
+    ]
+
+
+def test_training_stops_early_and_keeps_the_best(hacked, tmp_path, monkeypatch, capsys):
+    run_in_process(refl_lora, monkeypatch, *hacked)
+    text = capsys.readouterr().out
+    stopped = int(
+        re.search(r"stopped early after step (\d): the reward still rises, but the held-out", text)[1]
+    )
+    assert stopped < 8 and "LoRA is that of step 0, the best," in text
+    out = tmp_path / "out"
+    assert (out / LORA).read_bytes() == (out / "best" / LORA).read_bytes()
+    assert diffusion.read_metadata(out)["step"] == 0
+    logs = events(out / "logs")
+    curves = {tag: [point.value for point in logs.Scalars(f"validation/{tag}")] for tag in
+              ("reward", "two_rewards.not_red", "saturated")}  # fmt: skip
+    assert curves["reward"][-1] > curves["reward"][0]
+    np.testing.assert_allclose(
+        curves["reward"], [-value for value in curves["two_rewards.not_red"]], rtol=1e-5
+    )
+    with pytest.raises(KeyError):
+        logs.Scalars("validation/diversity")  # of no reward that has features
+    # Again: it is finished, and mends what is missing.
+    (out / LORA).unlink()
+    run_in_process(refl_lora, monkeypatch, *hacked)
+    assert f"finished before: {stopped} steps, where the reward still rises" in capsys.readouterr().out
+    assert (out / LORA).read_bytes() == (out / "best" / LORA).read_bytes()
+
+
+def test_a_resumed_guard_is_the_one_that_was_not_stopped(hacked, tmp_path, monkeypatch):
+    run_in_process(refl_lora, monkeypatch, *hacked)
+    state = json.loads(sorted((tmp_path / "out").glob("checkpoint-*"))[-1].joinpath("state.json").read_text())
+    stopped = state["progress"]["step"]
+    again = [*hacked, "--output_dir", tmp_path / "again", "--checkpointing_steps", 1]
+    write = checkpoints.write
+
+    def write_and_die(*arguments):
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    for _ in range(stopped):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoints, "write", write_and_die)
+            run_in_process(refl_lora, patch, *again)
+    run_in_process(refl_lora, monkeypatch, *again)
+    other = json.loads((tmp_path / "again" / f"checkpoint-{stopped}" / "state.json").read_text())
+    assert other["progress"]["guard"] == state["progress"]["guard"]
+    assert (tmp_path / "again" / "best" / LORA).read_bytes() == (
+        tmp_path / "out" / "best" / LORA
+    ).read_bytes()
+    with pytest.raises(UserError, match="validation_steps"):
+        run_in_process(refl_lora, monkeypatch, *again, "--validation_steps", 1)
+
+
+def test_validation_shows_diversity_and_shrinkage_shrinks(training_options, tmp_path, monkeypatch):
+    options = [*training_options, "--validation_images_per_prompt", 3, "--learning_rate", "1e-2"]
+    run_in_process(refl_lora, monkeypatch, *options)
+    [first, last] = events(tmp_path / "out" / "logs").Scalars("validation/diversity")
+    assert 0 < first.value < 2 and 0 < last.value < 2
+    shrunk = [
+        *options,
+        "--lora_shrinkage",
+        "0.5",
+        "--max_train_steps",
+        1,
+        "--output_dir",
+        tmp_path / "shrunk",
+    ]
+    run_in_process(refl_lora, monkeypatch, *shrunk)
+    run_in_process(
+        refl_lora, monkeypatch, *options, "--max_train_steps", 1, "--output_dir", tmp_path / "plain"
+    )
+    shrunk, plain = (load_file(tmp_path / name / LORA) for name in ("shrunk", "plain"))
+    for name, value in plain.items():
+        torch.testing.assert_close(shrunk[name], value / 2 if ".up." in name else value, rtol=1e-6, atol=0)
+
+
+def test_mean_distance_is_that_of_all_pairs():
+    features = torch.nn.functional.normalize(torch.randn(5, 4, 7), dim=-1)
+    pairs = [[1 - own[i] @ own[j] for i in range(4) for j in range(4) if i != j] for own in features]
+    expected = torch.tensor(pairs).mean(1)
+    torch.testing.assert_close(refl_lora.mean_distance(features), expected, rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures with captions beside them."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, size in enumerate([(64, 64), (100, 80), (70, 200)]):
+        Image.fromarray(RNG.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f" a picture,\n number {index} ")
+    return folder
+
+
+def test_captions_are_read_from_either_kind_of_file(folder):
+    expected = [(folder / f"{index}.png", f"a picture, number {index}") for index in range(3)]
+    assert pictures.read_captioned(folder) == expected
+    lines = [json.dumps({"file_name": file.name, "text": text}) for file, text in reversed(expected)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    assert pictures.read_captioned(folder) == expected[::-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "1.txt").unlink(), "no caption. Put it into .*1.txt"),
+        (
+            lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png"}'),
+            "metadata.jsonl, line 1: expected",
+        ),
+        (lambda f: (f / "metadata.jsonl").write_text("[]"), "metadata.jsonl, line 1: expected"),
+        (
+            lambda f: (f / "metadata.jsonl").write_text('\n{"file_name": "9.png", "text": "a"}'),
+            "no picture .*9.png",
+        ),
+        (lambda f: [file.unlink() for file in f.iterdir()], "no picture in it"),
+        (lambda f: (f / "0.png").write_bytes(b"no picture"), "0.png: not a picture that can be read"),
+    ],
+)
+def test_mistakes_in_a_folder_of_pictures_are_named(folder, training_options, monkeypatch, change, message):
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        run_in_process(refl_lora, monkeypatch, *training_options, "--pretrain_data", folder)
+
+
+def test_a_picture_is_cut_to_its_middle(folder):
+    square = pictures.read_square(folder / "0.png", 64)
+    exact = torch.from_numpy(np.array(Image.open(folder / "0.png"))).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(square, exact, rtol=0, atol=1e-6)
+    assert pictures.read_square(folder / "2.png", 48).shape == (3, 48, 48)
+    assert pictures.read_square(folder / "2.png", 48).abs().max() <= 1
+
+
+def test_pretraining_is_part_of_a_run_and_resumes(folder, training_options, tmp_path, monkeypatch):
+    options = [*training_options, "--pretrain_data", folder, "--pretrain_weight", "0.5", "--max_train_steps"]
+    run_in_process(refl_lora, monkeypatch, *options, 3)
+    losses = events(tmp_path / "out" / "logs").Scalars("regularisers/pretraining")
+    assert len(losses) == 3 and all(0.1 < loss.value < 10 for loss in losses)
+    for steps in (1, 3):
+        run_in_process(refl_lora, monkeypatch, *options, steps, "--output_dir", tmp_path / "again")
+    assert (tmp_path / "out" / LORA).read_bytes() == (tmp_path / "again" / LORA).read_bytes()
+    run_in_process(refl_lora, monkeypatch, *training_options, "--output_dir", tmp_path / "without")
+    assert (tmp_path / "out" / LORA).read_bytes() != (tmp_path / "without" / LORA).read_bytes()
+    (folder / "1.txt").write_text("another caption")
+    with pytest.raises(UserError, match="pretrain_data"):
+        run_in_process(refl_lora, monkeypatch, *options, 4)
+    assert checkpoints.steps(tmp_path / "out")
