@@ -5,7 +5,7 @@ python inference_lora.py --lora_path other.safetensors --lora_scale 0.8 --prompt
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from refl import board, diffusion, doctor, drawing, rewards
@@ -18,19 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 PAIRS_A_ROW, MAX_PAIRS = 5, 40  # of grid.png
-AS_TRAINED = ("guidance_scale", "sampler", "num_inference_steps", "resolution")
 
 
 @dataclass
-class Options(drawing.DrawingOptions):
+class Options(drawing.LoraOptions, drawing.DrawingOptions):
     """Draw pictures with a LoRA, and the same ones without it; show them side by side with their rewards."""
 
     lora_path: str = "checkpoint/refl_lora"
     """A LoRA for this model, file or folder: ours, diffusers' or kohya's format."""
-    lora_scale: float = 1.0
-    """How much of the LoRA to apply; 0 is the model as it is."""
-    as_trained: bool = False
-    """Draw with the guidance, sampler, steps and resolution that the LoRA was trained with."""
     compare: bool = True
     """Draw the pictures without the LoRA as well, for grid.png."""
     reward: str = "imagereward"
@@ -48,17 +43,7 @@ def main() -> None:
     doctor.check_weights(options.pretrained_model_name_or_path, None)
     named = rewards.parse(options.reward)
     metadata = diffusion.read_metadata(options.lora_path)
-    trained = {name: metadata[name] for name in AS_TRAINED if name in metadata}
-    if options.as_trained:
-        options = replace(options, **trained)
-    else:
-        others = [
-            f"--{name} {value}"
-            for name, value in trained.items()
-            if getattr(options, name) not in (value, None)
-        ]
-        if others:
-            print(f"note: this LoRA was trained with {' '.join(others)}; --as_trained draws so")
+    options = drawing.settle(options, [options.lora_path])
     if (
         metadata.get("reward", options.reward) != options.reward
     ):  # shown only: a file must not name code to run
@@ -67,7 +52,7 @@ def main() -> None:
 
     # ---- models
     pipeline = drawing.pipeline(options)
-    diffusion.load_lora(pipeline, options.lora_path, options.lora_scale)
+    diffusion.load_lora(pipeline, options.lora_path, options.lora_scale, options.lora_in_uncond)
     scorers = None
     try:
         if "imagereward" in named:
@@ -115,16 +100,14 @@ def main() -> None:
 
     # ---- grid: before above after
     if options.compare:
-        rows, captions = [], []
-        for start in range(0, len(kept["after"]), PAIRS_A_ROW):
-            for side, pictures in kept.items():
-                indices = range(start, min(start + PAIRS_A_ROW, len(pictures)))
-                rows.append([pictures[index] for index in indices])
-                values = [f"{totals[side][index]:+.2f}  " if totals else "" for index in indices]
-                captions.append(
-                    [f"{side}  {value}{wanted[index]}" for value, index in zip(values, indices, strict=True)]
-                )
-        board.save_picture(board.grid(rows, captions), output / "grid.png")
+        captions = {
+            side: [
+                f"{side}  " + (f"{totals[side][index]:+.2f}  " if totals else "") + wanted[index]
+                for index in range(len(pictures))
+            ]
+            for side, pictures in kept.items()
+        }
+        board.save_picture(board.pairs(kept, captions, PAIRS_A_ROW), output / "grid.png")
         print(f"before and after: {output / 'grid.png'}")
 
 

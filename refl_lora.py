@@ -632,16 +632,10 @@ def validate(
         scores=scores[0].T,
         held_out=scores[1].T if models.held_out else torch.empty(0, len(wanted)),
         saturated=saturated[:, 0],
-        diversity=mean_distance(features.view(len(prompts), images_per_prompt, -1))
+        diversity=rewards.diversity(features.view(len(prompts), images_per_prompt, -1))
         if features.numel()
         else None,
     )
-
-
-def mean_distance(features: Tensor) -> Tensor:
-    """Mean of 1 - cosine over all pairs, (P,), of features (P, n, width) of length 1."""
-    n = features.shape[1]
-    return (1 - (features.sum(1).square().sum(1) - n) / (n * (n - 1))).clamp(min=0)
 
 
 # ------------------------------------------------------------------------------------------------------- main

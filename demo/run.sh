@@ -22,5 +22,13 @@ for option in "$@"; do
   if [[ $option == --help || $option == -h || $option == --check ]]; then exit 0; fi
 done
 
-OMP_NUM_THREADS=1 "$PYTHON" demo/before_after.py --seconds_training $((trained - started)) --seconds_before $((trained - started))
-echo "curves and pictures of the run: $PYTHON -m tensorboard.main --logdir result/demo/refl_lora/logs"
+# Before and after on prompts that training never saw, by the reward and by the oracle, which training never asked.
+PYTHONPATH=demo OMP_NUM_THREADS=1 "$PYTHON" evaluate.py \
+  --pretrained_model_name_or_path demo/checkpoint/stable-diffusion-v1-4 --reward_path demo/checkpoint \
+  --prompts demo/prompts/held_out.txt --num_images_per_prompt 2 --batch_size 48 --as_trained \
+  --held_out_reward judge:all_right,judge:colour,judge:shape,judge:background \
+  --lora_paths result/demo/refl_lora --output_dir result/demo/evaluation
+echo "trained for $((trained - started)) s, $((SECONDS - started)) s in all"
+echo "pictures:    result/demo/evaluation/grid.png"
+echo "model card:  result/demo/refl_lora/README.md"
+echo "curves:      $PYTHON -m tensorboard.main --logdir result/demo/refl_lora/logs"

@@ -89,6 +89,22 @@ def sheet(
     return grid([pictures[row] for row in rows], [captions[row] for row in rows], header=header)
 
 
+def pairs(
+    pictures: dict[str, Sequence[Image.Image]],
+    captions: dict[str, Sequence[str]],
+    per_row: int,
+    header: str = "",
+) -> Image.Image:
+    """A `grid` of sequences by side, such as before and after, as long as each other: each picture above its
+    partner."""
+    rows, texts = [], []
+    for start in range(0, len(next(iter(pictures.values()))), per_row):
+        for side, own in pictures.items():
+            rows.append(own[start : start + per_row])
+            texts.append(captions[side][start : start + per_row])
+    return grid(rows, texts, header=header)
+
+
 def to_tensor(picture: Image.Image) -> Tensor:
     """An RGB picture as (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255

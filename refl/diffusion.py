@@ -293,17 +293,17 @@ def read_metadata(path: str | Path) -> dict:
 def load_lora(
     pipeline: StableDiffusionPipeline, path: str | Path, scale: float, in_uncond: bool = True
 ) -> None:
-    """Put a LoRA in diffusers' (or kohya's) format into the pipeline at `scale`; not `in_uncond`: guidance
-    takes the prediction for the empty prompt from the model without it."""
+    """Put a LoRA in diffusers' (or kohya's) format into the pipeline at `scale`, in the place of another; not
+    `in_uncond`: guidance takes the prediction for the empty prompt from the model without it."""
     file = lora_file(path)
     read_metadata(file)
+    unload_lora(pipeline)
     try:
         pipeline.load_lora_weights(
             file.parent, weight_name=file.name, adapter_name="default", local_files_only=True
         )
         pipeline.set_adapters("default", scale)
         make_lean(pipeline.unet)
-        vars(pipeline.unet).pop("forward", None)
         if not in_uncond:
             pipeline.unet.forward = partial(_without_lora_in_uncond, pipeline, pipeline.unet.forward)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -311,6 +311,12 @@ def load_lora(
         raise UserError(
             f"{file} does not fit this model; it was made for another architecture ({reason})."
         ) from error
+
+
+def unload_lora(pipeline: StableDiffusionPipeline) -> None:
+    """Let the pipeline be as it was without a LoRA."""
+    pipeline.unload_lora_weights()
+    vars(pipeline.unet).pop("forward", None)
 
 
 def _without_lora_in_uncond(

@@ -171,6 +171,8 @@ class Options:
     rollout_batch_size: int = 8
     num_inference_steps: int = 40
     guidance_scale: float = 1.0
+    guidance_in: str = "both"
+    lora_in_uncond: bool = True
     gradient_checkpointing: bool = False
     low_memory: bool = False
     checkpoints_total_limit: int = 3

@@ -1,11 +1,12 @@
-"""What inference.py and inference_lora.py share: their options, and pictures drawn to files."""
+"""What the scripts that draw share: their options, and pictures in batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Literal, TypeVar
 
 from refl import board, devices, diffusion, doctor
-from refl.errors import UserError
+from refl.errors import UserError, is_first_process
 from refl.prompts import read_prompts
 
 import torch
@@ -14,18 +15,15 @@ from PIL import Image
 from tqdm import tqdm
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+AS_TRAINED = ("guidance_scale", "sampler", "num_inference_steps", "resolution", "lora_in_uncond")
 
 
 @dataclass
-class DrawingOptions:
+class PictureOptions:
     """Options of every script that draws."""
 
     pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
     """Folder of the text-to-image model, in diffusers' layout."""
-    prompt: tuple[str, ...] = ("a lighthouse on a cliff at sunset, oil painting",)
-    """One prompt or several."""
-    prompts_file: str | None = None
-    """Take the prompts from a .txt, .json, .jsonl or .csv file instead."""
     num_images_per_prompt: int = 10
     """Pictures of each prompt."""
     seed: int = 0
@@ -46,6 +44,31 @@ class DrawingOptions:
     """Precision; None: fp16 on a GPU, fp32 on the CPU."""
 
 
+@dataclass
+class DrawingOptions(PictureOptions):
+    """Those of scripts that take their prompts from the command line."""
+
+    prompt: tuple[str, ...] = ("a lighthouse on a cliff at sunset, oil painting",)
+    """One prompt or several."""
+    prompts_file: str | None = None
+    """Take the prompts from a .txt, .json, .jsonl or .csv file instead."""
+
+
+@dataclass
+class LoraOptions:
+    """Those of scripts that draw with a LoRA."""
+
+    lora_scale: float = 1.0
+    """How much of the LoRA to apply; 0 is the model as it is."""
+    lora_in_uncond: bool = True
+    """Whether guidance takes the prediction for the empty prompt with the LoRA as well, as diffusers does."""
+    as_trained: bool = False
+    """Draw with the guidance, sampler, steps and resolution that the LoRA was trained with."""
+
+
+Settled = TypeVar("Settled", bound=LoraOptions)
+
+
 def memory_advice() -> str:
     """What to do when the GPU's memory does not suffice for one picture."""
     return "Try --dtype fp16, a lower --resolution, another GPU, or --device cpu."
@@ -53,6 +76,12 @@ def memory_advice() -> str:
 
 def check(options: DrawingOptions) -> list[str]:
     """The prompts; raises `UserError` for options that cannot be. Loads nothing."""
+    check_pictures(options)
+    return read_prompts(options.prompts_file) if options.prompts_file else list(options.prompt)
+
+
+def check_pictures(options: PictureOptions) -> None:
+    """Raises `UserError` for options that cannot be, whatever the prompts."""
     for name in ("num_images_per_prompt", "num_inference_steps", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be 1 or more.")
@@ -61,42 +90,82 @@ def check(options: DrawingOptions) -> list[str]:
     doctor.check_model(options.pretrained_model_name_or_path, options.num_inference_steps)
     doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
     doctor.check_output_folder(options.output_dir)
-    return read_prompts(options.prompts_file) if options.prompts_file else list(options.prompt)
 
 
-def pipeline(options: DrawingOptions) -> StableDiffusionPipeline:
+def settle(options: Settled, lora_paths: Sequence[str]) -> Settled:
+    """The options `as_trained`, if that is asked for; else a note of what was not so in training.
+
+    Raises `UserError` if that is asked for and the LoRAs were trained differently.
+    """
+    trained = {}
+    for path in lora_paths:
+        metadata = diffusion.read_metadata(path)
+        trained[path] = {name: metadata[name] for name in AS_TRAINED if name in metadata}
+    if options.as_trained:
+        first, *others = trained
+        for other in others:
+            names = [name for name in AS_TRAINED if trained[first].get(name) != trained[other].get(name)]
+            if names:
+                raise UserError(
+                    f"--as_trained: {first} was trained with {_flags(trained[first], names)}, {other} with "
+                    f"{_flags(trained[other], names)}; take them one at a time, or leave out --as_trained."
+                )
+        return replace(options, **trained[first])
+    differ = {
+        _flags(settings, [n for n, value in settings.items() if getattr(options, n) not in (value, None)])
+        for settings in trained.values()
+    }
+    for flags in sorted(differ - {""}):
+        which = "this LoRA" if len(trained) == 1 else "a LoRA"
+        if is_first_process():
+            print(f"note: {which} was trained with {flags}; --as_trained draws so")
+    return options
+
+
+def _flags(settings: dict, names: Sequence[str]) -> str:
+    return " ".join(f"--{name} {settings.get(name, '(not said)')}" for name in names)
+
+
+def pipeline(options: PictureOptions) -> StableDiffusionPipeline:
     """The pipeline that the options ask for."""
     device = devices.find(options.device)
-    dtype = DTYPES[options.dtype or ("fp16" if device.type == "cuda" else "fp32")]
+    dtype = DTYPES[precision(options, device)]
     return diffusion.load_pipeline(options.pretrained_model_name_or_path, options.sampler, dtype, device)
 
 
+def precision(options: PictureOptions, device: torch.device) -> str:
+    """One of `DTYPES`: as asked for, or what suits the device."""
+    return options.dtype or ("fp16" if device.type == "cuda" else "fp32")
+
+
 def draw(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], options: DrawingOptions, title: str
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], options: PictureOptions, title: str
 ) -> Iterator[Image.Image]:
     """Pictures, `num_images_per_prompt` of each prompt in turn, seeds counting up from `seed`."""
     wanted = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
-    batch_size, done = options.batch_size, 0
     with tqdm(total=len(wanted), desc=title, unit="picture") as bar:
-        while done < len(wanted):
-            batch = wanted[done : done + batch_size]
-            seeds = range(options.seed + done, options.seed + done + len(batch))
-            steps, guidance, resolution = (
-                options.num_inference_steps,
-                options.guidance_scale,
-                options.resolution,
-            )
-            try:
-                pictures = diffusion.generate(pipeline, batch, seeds, steps, guidance, resolution)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                pictures = None
-            if pictures is None:  # outside `except`, whose traceback still holds the tensors
-                torch.cuda.empty_cache()
-                batch_size = (len(batch) + 1) // 2
-                bar.write(f"out of memory; going on with {batch_size} pictures at once")
-                continue
-            yield from map(board.to_pil, pictures)
-            done += len(batch)
-            bar.update(len(batch))
+        yield from draw_each(pipeline, list(zip(wanted, count(options.seed), strict=False)), options, bar)
+
+
+def draw_each(
+    pipeline: StableDiffusionPipeline, wanted: Sequence[tuple[str, int]], options: PictureOptions, bar: tqdm
+) -> Iterator[Image.Image]:
+    """The picture of each prompt and seed, drawn in batches; one that does not fit into memory is halved."""
+    batch_size, done = options.batch_size, 0
+    steps, guidance, resolution = options.num_inference_steps, options.guidance_scale, options.resolution
+    while done < len(wanted):
+        prompts, seeds = zip(*wanted[done : done + batch_size], strict=True)
+        try:
+            pictures = diffusion.generate(pipeline, prompts, seeds, steps, guidance, resolution)
+        except torch.OutOfMemoryError:
+            if len(prompts) == 1:
+                raise
+            pictures = None
+        if pictures is None:  # outside `except`, whose traceback still holds the tensors
+            torch.cuda.empty_cache()
+            batch_size = (len(prompts) + 1) // 2
+            bar.write(f"out of memory; going on with {batch_size} pictures at once")
+            continue
+        yield from map(board.to_pil, pictures)
+        done += len(prompts)
+        bar.update(len(prompts))

@@ -71,9 +71,11 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
             if options.gradient_checkpointing or options.low_memory:
                 model.enable_gradient_checkpointing()
         lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-        side, guided = resolution // diffusion.vae_factor(vae), 2 if options.guidance_scale != 1 else 1
+        side = resolution // diffusion.vae_factor(vae)
+        is_guided = options.guidance_scale != 1 and options.lora_in_uncond  # else one half after the other
 
-        def predict_noise(size: int) -> Tensor:
+        def predict_noise(size: int, guidance_in: str) -> Tensor:
+            guided = 2 if is_guided and options.guidance_in in ("both", guidance_in) else 1
             latents = torch.empty(guided * size, unet.config.in_channels, side, side, dtype=dtype)
             prompt_embeds = torch.empty(guided * size, 77, unet.config.cross_attention_dim, dtype=dtype)
             return unet(latents, torch.tensor(1), prompt_embeds).sample
@@ -81,7 +83,8 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
         def rollout() -> None:
             size = max(options.rollout_batch_size, options.train_batch_size)
             with torch.no_grad():
-                predict_noise(min(size, options.train_batch_size * options.gradient_accumulation_steps))
+                most = options.train_batch_size * options.gradient_accumulation_steps
+                predict_noise(min(size, most), "rollout")
 
         def decoder_and_reward() -> None:
             size = options.decode_batch_size
@@ -90,7 +93,7 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
             torch.autograd.grad(score(reward, pictures) if reward else pictures.mean(), x0)
 
         def gradient() -> None:
-            eps = predict_noise(options.train_batch_size)
+            eps = predict_noise(options.train_batch_size, "gradient")
             torch.autograd.grad(eps, lora, torch.empty_like(eps))
 
         trained = 4 * sum(matrix.nbytes for matrix in lora)  # the LoRA, its gradient, AdamW's two means

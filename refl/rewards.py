@@ -114,6 +114,13 @@ class WeightedRewards:
         self.proven.add(name)
 
 
+def diversity(features: Tensor) -> Tensor:
+    """How different the pictures of each prompt are: mean of 1 - cosine over all pairs, (P,), of features
+    (P, n, width) of length 1."""
+    n = features.shape[1]
+    return (1 - (features.sum(1).square().sum(1) - n) / (n * (n - 1))).clamp(min=0)
+
+
 def parse(specification: str, option: str = "--reward") -> dict[str, tuple[float, RewardLoader]]:
     """Weight and loader of each reward that `option` names, by its name in logs. Raises `UserError`.
 

@@ -24,21 +24,26 @@ def test_the_demo_learns_and_shows_it(copy):
     demo, steps = copy / "demo/run.sh", str(STEPS)
     run = run_script("bash", demo, "--max_train_steps", steps, PYTHON=sys.executable, OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
-    assert "192 held-out prompts" in run.stdout and "difference" in run.stdout
-    summary = json.loads((copy / "result/demo/summary.json").read_text())
-    assert summary.keys() == {
-        "base", "lora", "num_prompts", "guidance_scale", "seconds_training", "seconds_total", "options",
+    assert "192 prompts, 2 of each" in run.stdout and "judge.all_right" in run.stdout
+    evaluation = json.loads((copy / "result/demo/evaluation/evaluation.json").read_text())
+    base, lora = evaluation["cases"]
+    assert (evaluation["num_prompts"], lora["step"], lora["guidance_scale"]) == (192, STEPS, 1)
+    before, after = (
+        {measure: found["mean"] for measure, found in case["means"].items()} for case in (base, lora)
+    )
+    assert before.keys() == {
+        "reward", "saturated", "diversity",
+        "judge.all_right", "judge.colour", "judge.shape", "judge.background",
     }  # fmt: skip
-    for side in ("base", "lora"):
-        assert summary[side].keys() == {"reward_mean", "all_right", "colour", "shape", "background"}
-    assert summary["num_prompts"] == 192 and summary["options"]["max_train_steps"] == STEPS
-    assert summary["seconds_total"] > summary["seconds_training"] > 0
-    assert 0.25 <= summary["base"]["all_right"] <= 0.5  # crisp, and with something left to learn
-    assert abs(summary["base"]["reward_mean"]) < 0.3  # standardised on the base model's pictures
-    assert summary["lora"]["reward_mean"] > summary["base"]["reward_mean"] + 0.15
-    assert summary["lora"]["all_right"] > summary["base"]["all_right"]
-    picture = Image.open(copy / "result/demo/before_after.png")
+    assert 0.25 <= before["judge.all_right"] <= 0.5  # crisp, and with something left to learn
+    assert abs(before["reward"]) < 0.3  # standardised on the base model's pictures
+    assert after["reward"] > before["reward"] + 0.15 and lora["against_base"]["reward"]["low"] > 0
+    assert after["judge.all_right"] > before["judge.all_right"]
+    picture = Image.open(copy / "result/demo/evaluation/grid.png")
     assert picture.width > 1000 and picture.height > 800
+    assert (copy / "result/demo/evaluation/report.html").stat().st_size < 10e6
+    card = (copy / "result/demo/refl_lora/README.md").read_text()
+    assert "## Evaluation" in card and "before_after.png" in card
 
 
 def test_another_length_is_refused_in_one_message(copy):

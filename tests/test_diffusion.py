@@ -1,5 +1,6 @@
 """DDPM against diffusers' own, and LoRA files against diffusers' own pipeline."""
 
+import copy
 import json
 import shutil
 
@@ -10,7 +11,7 @@ import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
 import pytest
 import torch
 from conftest import save_lora
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from random_checkpoint import SIZES, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -116,6 +117,42 @@ def test_saved_lora_draws_the_same_pictures_in_diffusers(parts, tiny, tmp_path, 
     pipeline.enable_lora()
     pipeline.set_adapters("default", 0.0)
     torch.testing.assert_close(diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 2.0), base, rtol=0, atol=1e-5)
+
+
+def test_guidance_can_take_the_empty_prompt_from_the_base(parts, tiny, tmp_path):
+    base = copy.deepcopy(parts.unet)
+    move_lora(diffusion.add_lora(parts.unet, rank=4, alpha=4, seed=0))
+    file = save_lora(parts.unet, tmp_path, {})
+    pipeline = diffusion.load_pipeline(tiny / "stable-diffusion-v1-4", "ddim", torch.float32, "cpu")
+    diffusion.load_lora(pipeline, file, 1.0, in_uncond=False)
+    drawn = diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 3.0)
+    no_guidance = diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 1.0)
+
+    # By hand, with one UNet for each half.
+    scheduler = DDIMScheduler.from_config(parts.scheduler_config, clip_sample=False)
+    scheduler.set_timesteps(4)
+    embeds = torch.stack(list(diffusion.encode_prompts(parts, ["", "", *PROMPTS])))
+    for guidance, expected in ((3.0, drawn), (1.0, no_guidance)):
+        latents = torch.cat(
+            [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)]
+        )
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                empty, text = (
+                    unet(latents, t, own).sample
+                    for unet, own in zip((base, parts.unet), embeds.split(2), strict=True)
+                )
+                eps = text + (guidance - 1) * (text - empty)
+                latents = scheduler.step(eps, t, latents).prev_sample
+            pictures = diffusion.decode(parts.vae, latents).clamp(0, 1)
+        torch.testing.assert_close(expected, pictures, rtol=0, atol=1e-4)
+
+    diffusion.load_lora(pipeline, file, 1.0)  # again, for both: nothing is left of the other way
+    both = diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 3.0)
+    fresh = diffusion.load_pipeline(tiny / "stable-diffusion-v1-4", "ddim", torch.float32, "cpu")
+    diffusion.load_lora(fresh, file, 1.0)
+    assert torch.equal(both, diffusion.generate(fresh, PROMPTS, [3, 4], 4, 3.0))
+    assert not torch.allclose(both, drawn, atol=1e-3)
 
 
 def test_metadata_describes_the_lora(parts, tmp_path):

@@ -4,7 +4,7 @@ import json
 import re
 
 import refl_lora
-from refl import checkpoints, diffusion, pictures
+from refl import checkpoints, diffusion, pictures, rewards
 from refl.errors import UserError
 from refl.guard import Guard, Seen, is_lower
 
@@ -170,11 +170,11 @@ def test_validation_shows_diversity_and_shrinkage_shrinks(training_options, tmp_
         torch.testing.assert_close(shrunk[name], value / 2 if ".up." in name else value, rtol=1e-6, atol=0)
 
 
-def test_mean_distance_is_that_of_all_pairs():
+def test_diversity_is_the_mean_distance_of_all_pairs():
     features = torch.nn.functional.normalize(torch.randn(5, 4, 7), dim=-1)
     pairs = [[1 - own[i] @ own[j] for i in range(4) for j in range(4) if i != j] for own in features]
     expected = torch.tensor(pairs).mean(1)
-    torch.testing.assert_close(refl_lora.mean_distance(features), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rewards.diversity(features), expected, rtol=1e-5, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------- pictures

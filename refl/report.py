@@ -1,0 +1,220 @@
+"""What an evaluation found, as text for a terminal and as one HTML file that needs nothing else: no network,
+no scripts."""
+
+import base64
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+MAX_SIDE = 256  # pixels of a picture in the report
+BINS = 30  # an even number: losses end where gains begin
+# Colours of plots by what they stand for: each is replaced by one that follows the page, light or dark.
+TEXT, LINE, ACCENT = "#010203", "#040506", "#070809"
+PAGE_COLOURS = {TEXT: "currentColor", LINE: "var(--line)", ACCENT: "var(--accent)"}
+COLOUR_MAP = "viridis"
+
+
+@dataclass
+class Pair:
+    """A picture without and with the LoRA, from the same noise."""
+
+    prompt: str
+    seed: int
+    before: Image.Image
+    after: Image.Image
+    scores: dict[str, list[float]]  # by measure: before, after
+
+
+# ------------------------------------------------------------------------------------------------------- text
+
+
+def text(evaluation: dict, shown: int) -> str:
+    """The table of one case, and a line for each other one."""
+    case, base = evaluation["cases"][shown], base_of(evaluation, shown)
+    rows = [("", "base", case["name"], "difference", "95 % interval", "win / tie / loss")]
+    for name in evaluation["measures"]:
+        against = case["against_base"][name]
+        rows.append((
+            name, f"{base['means'][name]['mean']:.3f}", f"{case['means'][name]['mean']:.3f}",
+            f"{against['difference']:+.3f}", interval(against), outcomes(against),
+        ))  # fmt: skip
+    others = [c for index, c in enumerate(evaluation["cases"]) if c["against_base"] and index != shown]
+    blocks = [_aligned(rows)]
+    if others:
+        against = [c["against_base"]["reward"] for c in others]
+        rows = [("reward", "difference", "95 % interval", "win / tie / loss")] + [
+            (c["name"], f"{a['difference']:+.3f}", interval(a), outcomes(a))
+            for c, a in zip(others, against, strict=True)
+        ]
+        blocks.append(_aligned(rows))
+    number = f"{evaluation['num_prompts']} prompts, {evaluation['num_images_per_prompt']} of each"
+    return f"\n{number}\n" + "\n\n".join(blocks) + "\n"
+
+
+def base_of(evaluation: dict, index: int) -> dict:
+    """The base model's case at the guidance of another case."""
+    guidance = evaluation["cases"][index]["guidance_scale"]
+    return next(c for c in evaluation["cases"] if not c["against_base"] and c["guidance_scale"] == guidance)
+
+
+def interval(found: dict, form: str = "+.3f") -> str:
+    """Its ends."""
+    return f"{found['low']:{form}} to {found['high']:{form}}"
+
+
+def outcomes(against: dict) -> str:
+    """Shares of wins, ties and losses; nothing for a measure that is not better when it is higher."""
+    if "win" not in against:
+        return ""
+    counts = [against[key] for key in ("win", "tie", "loss")]
+    return " / ".join(f"{count / sum(counts):.0%}" for count in counts)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        row[0].ljust(widths[0])
+        + "".join(f"  {cell.rjust(w)}" for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- HTML
+
+
+def render(evaluation: dict, shown: int, differences: np.ndarray, pairs: dict[str, list[Pair]]) -> str:
+    """The page. `differences` (N,) are the shown case's, of the reward, picture by picture."""
+    cases = evaluation["cases"]
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters |= {"interval": interval, "outcomes": outcomes, "data_uri": data_uri}
+    return templates.get_template("report.html.jinja").render(
+        evaluation=evaluation,
+        loras=[
+            (index == shown, case, base_of(evaluation, index))
+            for index, case in sorted(enumerate(cases), key=lambda item: item[0] != shown)
+            if case["against_base"]
+        ],
+        histogram=plot(lambda axis: histogram(axis, differences), "Differences of the reward, by picture"),
+        curves=curves(evaluation),
+        heat_maps=heat_maps(evaluation, cases[shown]["lora_path"]),
+        pairs=pairs,
+    )
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture for an <img>, no larger than it is shown."""
+    content = io.BytesIO()
+    picture = picture.copy()
+    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    picture.save(content, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+# ------------------------------------------------------------------------------------------------------ plots
+
+
+def plot(draw: Callable[[Axes], None], title: str) -> Markup:
+    """What `draw` puts on an axis, as SVG for inside a page, in the page's colours and font."""
+    figure = Figure(figsize=(5.6, 3.2), layout="constrained", facecolor="none")
+    axis = figure.subplots()
+    axis.set_facecolor("none")
+    axis.set_title(title, fontsize=10, color=TEXT)
+    axis.tick_params(labelsize=8, colors=TEXT, length=0)
+    axis.grid(lw=0.6, color=LINE)
+    axis.set_axisbelow(True)
+    axis.spines[:].set_visible(False)
+    draw(axis)
+    for label in (axis.xaxis.label, axis.yaxis.label):
+        label.set(fontsize=8, color=TEXT)
+    content = io.StringIO()
+    # The salt names what an SVG refers to inside itself: two plots on a page must not share names.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    svg = content.getvalue()
+    for colour, replacement in PAGE_COLOURS.items():
+        svg = svg.replace(colour, replacement)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    label = Markup.escape(title)
+    return Markup(
+        re.sub(r'width="[^"]*pt" height="[^"]*pt"', f'role="img" aria-label="{label}"', svg, count=1)
+    )
+
+
+def histogram(axis: Axes, differences: np.ndarray) -> None:
+    """How many pictures became better or worse by how much."""
+    widest = float(np.abs(differences).max()) or 1.0
+    axis.hist(differences, bins=np.linspace(-widest, widest, BINS + 1), color=ACCENT)
+    axis.axvline(0, color=TEXT, lw=1, label="base")
+    axis.axvline(differences.mean(), color=TEXT, lw=1, ls="--", label=f"mean {differences.mean():+.3f}")
+    axis.legend(frameon=False, fontsize=8, labelcolor=TEXT)
+    axis.set_xlabel("with the LoRA minus without")
+    axis.set_ylabel("pictures")
+    axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def curves(evaluation: dict) -> list[Markup]:
+    """Each measure by training step, if there are LoRAs of several steps; the base model is step 0."""
+    cases = [case for case in evaluation["cases"] if case["step"] is not None]
+    settings = {(case["lora_scale"], case["guidance_scale"]) for case in cases}
+    by_step = {case["step"]: case for case in sorted(cases, key=lambda case: case["step"])}
+    if len(by_step) < 2 or len(settings) > 1:
+        return []
+    by_step = {0: base_of(evaluation, evaluation["cases"].index(cases[0]))} | by_step
+
+    def curve(axis: Axes, name: str) -> None:
+        mean, low, high = (
+            [case["means"][name][key] for case in by_step.values()] for key in ("mean", "low", "high")
+        )
+        axis.fill_between(list(by_step), low, high, color=ACCENT, alpha=0.2, lw=0)
+        axis.plot(list(by_step), mean, "o-", color=ACCENT, ms=4)
+        axis.set_xlabel("training step; the band is the 95 % interval")
+        axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+
+    return [
+        plot(lambda axis, name=name: curve(axis, name), f"{name} by training step")
+        for name in evaluation["measures"]
+    ]
+
+
+def heat_maps(evaluation: dict, lora_path: str) -> list[Markup]:
+    """Each measure by scale and guidance of one LoRA, if either was swept; scale 0 is the base model."""
+    cases = [case for case in evaluation["cases"] if case["lora_path"] in (None, lora_path)]
+    scales = sorted({case["lora_scale"] for case in cases})
+    guidances = sorted({case["guidance_scale"] for case in cases})
+    if len(scales) == 2 and len(guidances) == 1:
+        return []
+
+    def heat_map(axis: Axes, name: str) -> None:
+        means = np.zeros((len(scales), len(guidances)))
+        for case in cases:
+            place = scales.index(case["lora_scale"]), guidances.index(case["guidance_scale"])
+            means[place] = case["means"][name]["mean"]
+        axis.grid(False)
+        axis.pcolormesh(means, cmap=COLOUR_MAP, edgecolor="none")
+        middle = (means.min() + means.max()) / 2
+        for (row, column), mean in np.ndenumerate(means):
+            colour = "white" if mean <= middle else "black"
+            place = column + 0.5, row + 0.5
+            axis.text(*place, f"{mean:.3f}", ha="center", va="center", color=colour, fontsize=9)
+        axis.set_xticks(np.arange(len(guidances)) + 0.5, [f"{guidance:g}" for guidance in guidances])
+        axis.set_yticks(np.arange(len(scales)) + 0.5, [f"{scale:g}" for scale in scales])
+        axis.set_xlabel("guidance scale")
+        axis.set_ylabel("LoRA scale; 0 is the base model")
+
+    return [
+        plot(lambda axis, name=name: heat_map(axis, name), f"{name} by scale and guidance")
+        for name in evaluation["measures"]
+    ]

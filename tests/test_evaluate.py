@@ -1,0 +1,416 @@
+"""evaluate.py: the same noise for all, the statistics against other ways to have them, what is written."""
+
+import csv
+import html.parser
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import evaluate
+from refl import diffusion, intervals
+from refl.errors import UserError
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script, save_lora, weight_options
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_diffusion import move_lora
+from test_scripts import run_in_process
+
+OUTPUTS = ["evaluation.json", "grid.png", "pictures", "pictures.csv", "prompts.csv", "report.html"]
+LAUNCH = (
+    "-m refl.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
+    "--mixed_precision no --dynamo_backend no evaluate.py"
+).split()
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def test_intervals_are_those_of_the_normal_approximation():
+    values = np.random.default_rng(1).normal(0.3, 2, (4000, 1))
+    mean, low, high = intervals.bootstrap(values)[:, 0]
+    error = 1.96 * values.std() / len(values) ** 0.5
+    assert mean == values.mean()
+    assert (low, high) == pytest.approx((mean - error, mean + error), abs=0.03 * error)
+
+
+def test_intervals_are_those_of_plain_resampling():
+    values = np.random.default_rng(2).exponential(size=9)  # few and skewed: not normal
+    generator = np.random.default_rng(3)
+    means = [generator.choice(values, len(values)).mean() for _ in range(20_000)]
+    _, low, high = intervals.bootstrap(values)
+    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    generator = np.random.default_rng(4)
+    _, low, high = intervals.bootstrap(generator.normal(size=(60, 400)))  # 400 studies of 60 prompts
+    assert 0.91 < ((low < 0) & (high > 0)).mean() < 0.98
+
+
+def test_intervals_of_what_does_not_vary():
+    assert intervals.bootstrap(np.array([[0.5, 1.5]])).tolist() == [[0.5, 1.5]] * 3  # one prompt
+    assert not intervals.bootstrap(np.zeros((5, 2, 3))).any()
+
+
+def test_intervals_do_not_depend_on_memory(monkeypatch):
+    values = np.random.default_rng(5).normal(size=(30, 2))
+    whole = intervals.bootstrap(values)
+    monkeypatch.setattr(intervals, "MAX_COUNTS", 100)
+    np.testing.assert_allclose(intervals.bootstrap(values), whole, atol=0.03)
+
+
+def test_outcomes_count_every_pair():
+    difference = np.array([[0.02, -0.02, 0.01], [-0.01, 0.0, 5.0]])
+    assert intervals.outcomes(difference, 0.01) == {"win": 2, "tie": 3, "loss": 1}
+
+
+def test_seeds_are_all_different():
+    seeds = {evaluate.picture_seed(s, i, j) for s in range(3) for i in range(20) for j in range(10)}
+    assert len(seeds) == 600 and evaluate.picture_seed(0, 3, 1) == evaluate.picture_seed(0, 3, 1)
+
+
+# ------------------------------------------------------------------------------------------------- the script
+
+
+def make_lora(tiny, folder: Path, rank: int, scale: float = 0.5, **metadata) -> Path:
+    parts = diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float32, "cpu")
+    lora = diffusion.add_lora(parts.unet, rank, rank, seed=0)
+    move_lora(lora, scale)
+    folder.mkdir(parents=True)
+    save_lora(parts.unet, folder, {"step": rank, **metadata})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tiny, tmp_path_factory):
+    """A folder of two LoRAs of different ranks, a reward, prompts; and the options to evaluate them."""
+    folder = tmp_path_factory.mktemp("world")
+    make_lora(tiny, folder / "lora", 5)
+    make_lora(tiny, folder / "lora" / "checkpoint-2", 2)
+    (folder / "held_out.py").write_text("def red(images, prompts): return images[:, 0].mean((1, 2))\n")
+    (folder / "prompts.txt").write_text("a red cat\na blue dog\n<b>three</b> apples\n")
+    return folder
+
+
+@pytest.fixture
+def options(tiny, world, monkeypatch):
+    monkeypatch.syspath_prepend(str(world))
+    return [
+        *weight_options(tiny), f"--prompts={world / 'prompts.txt'}", "--held_out_reward=held_out:red:2",
+        *"--num_images_per_prompt 2 --num_inference_steps 2 --guidance_scale 2 --batch_size 4".split(),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def count_drawn(monkeypatch):
+    """Seeds of all pictures drawn from now on."""
+    seeds, generate = [], diffusion.generate
+
+    def counting(pipeline, prompts, own, *arguments):
+        seeds.extend(own)
+        return generate(pipeline, prompts, own, *arguments)
+
+    monkeypatch.setattr(diffusion, "generate", counting)
+    return seeds
+
+
+def read_rows(file: Path) -> list[dict]:
+    with open(file, newline="") as content:
+        return list(csv.DictReader(content))
+
+
+def test_what_is_written(options, world, tiny, tmp_path, monkeypatch, capsys):
+    loras = world / "lora", world / "lora" / "checkpoint-2"
+    run_in_process(evaluate, monkeypatch, *options, "--output_dir", tmp_path, "--lora_paths", *loras)
+    shown = capsys.readouterr().out
+    assert "win / tie / loss" in shown and f"report: {tmp_path / 'report.html'}" in shown
+    assert "intervals over 3 prompts are too narrow" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*OUTPUTS, "settings.json"])
+
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["measures"] == ["reward", "held_out.red", "saturated", "diversity"]
+    base, *others = found["cases"]
+    assert [(c["name"], c["step"]) for c in others] == [("lora", 5), ("lora/checkpoint-2", 2)]
+    assert base["name"] == "base" and base["lora_path"] is None and base["against_base"] is None
+    rows = read_rows(tmp_path / "pictures.csv")
+    assert len(rows) == 3 * 3 * 2 and [row["seed"] for row in rows[:6]] == [row["seed"] for row in rows[6:12]]
+    for case in others:  # the figures, from the table of pictures
+        scores = [[float(r["held_out.red"]) for r in rows if r["case"] == n] for n in (case["name"], "base")]
+        own, without = np.array(scores)
+        against = case["against_base"]["held_out.red"]
+        assert case["means"]["held_out.red"]["mean"] == pytest.approx(own.mean())
+        assert against["difference"] == pytest.approx((own - without).mean(), abs=1e-7)
+        assert against["low"] <= against["difference"] <= against["high"]
+        assert (
+            against["win"] == (own - without > 0.01).sum() and against["loss"] == (without - own > 0.01).sum()
+        )
+        assert "win" not in case["against_base"]["diversity"]
+    by_prompt = read_rows(tmp_path / "prompts.csv")
+    assert len(by_prompt) == 3 * 3 and by_prompt[0]["reward_difference"] == ""
+    red = [float(row["held_out.red"]) for row in rows[10:12]]
+    assert float(by_prompt[5]["held_out.red"]) == pytest.approx(np.mean(red))
+
+    # A LoRA of another rank in place of the former draws what a fresh pipeline with it draws.
+    for lora, name in zip(loras, ("lora", "checkpoint-2"), strict=True):
+        (folder,) = (tmp_path / "pictures").glob(f"{name}-*")
+        assert len(list(folder.iterdir())) == 6
+        pipeline = diffusion.load_pipeline(tiny / "stable-diffusion-v1-4", "pndm", torch.float32, "cpu")
+        diffusion.load_lora(pipeline, lora, 1.0)
+        drawn = diffusion.generate(pipeline, ["a blue dog"], [evaluate.picture_seed(0, 1, 1)], 2, 2.0)[0]
+        saved = np.asarray(Image.open(folder / "1_1.png"), int)
+        assert abs(saved - (drawn * 255).round().permute(1, 2, 0).numpy()).max() <= 1
+
+
+class Page(html.parser.HTMLParser):
+    """Tags that are open, pictures, and all that a page would fetch."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.images, self.fetched = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(attrs)
+        sources = [attrs.get(key) or "" for key in ("src", "href", "xlink:href")]
+        self.fetched += [source for source in sources if source and not source.startswith(("data:", "#"))]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in ("meta", "br", "img"):
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_sweep_and_its_report(options, world, tmp_path, monkeypatch, count_drawn):
+    sweep = ["--sweep_lora_scale", "0,0.5,1", "--sweep_guidance", "1,2", "--num_prompts", "2"]
+    run_in_process(
+        evaluate, monkeypatch, *options, *sweep, "--output_dir", tmp_path, "--lora_paths", world / "lora"
+    )
+    cases = json.loads((tmp_path / "evaluation.json").read_text())["cases"]
+    assert [case["name"] for case in cases] == [
+        "base guidance 1", "base guidance 2", "lora scale 0.5 guidance 1", "lora scale 0.5 guidance 2",
+        "lora scale 1 guidance 1", "lora scale 1 guidance 2",
+    ]  # fmt: skip
+    assert len(count_drawn) == 6 * 2 * 2  # scale 0 is the base, not drawn twice
+    differences = [case["against_base"]["reward"]["difference"] for case in cases[2:]]
+    assert differences[1] == pytest.approx(
+        cases[3]["means"]["reward"]["mean"] - cases[1]["means"]["reward"]["mean"], abs=1e-6
+    )
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert not page.open and not page.fetched and "<script" not in text and len(text) < 10_000_000
+    assert text.startswith("<!doctype html>") and "prefers-color-scheme: dark" in text
+    assert len(page.images) >= 8 and all(image["alt"] and "base64," in image["src"] for image in page.images)
+    for measure in ("reward", "held_out.red", "diversity"):
+        assert f"{measure} by scale and guidance" in text
+    # Without the sweep: the same pictures, none drawn again.
+    count_drawn.clear()
+    run_in_process(
+        evaluate, monkeypatch, *options, "--num_prompts=2", "--output_dir", tmp_path, "--lora_paths",
+        world / "lora",
+    )  # fmt: skip
+    assert not count_drawn
+
+
+def test_curves_by_training_step_and_names_that_are_not_markup(options, world, tmp_path, monkeypatch):
+    loras = sorted(path.parent for path in (world / "lora").rglob("*.safetensors"))
+    run_in_process(evaluate, monkeypatch, *options, "--output_dir", tmp_path, "--lora_paths", *loras)
+    text = (tmp_path / "report.html").read_text()
+    assert "reward by training step" in text and "by scale and guidance" not in text
+    assert "&lt;b&gt;three&lt;/b&gt; apples" in text and "<b>three" not in text
+
+
+def test_what_is_there_is_not_drawn_again(options, world, tmp_path, monkeypatch, count_drawn):
+    run = [*options, "--output_dir", tmp_path, "--lora_paths", world / "lora"]
+    run_in_process(evaluate, monkeypatch, *run)
+    first = json.loads((tmp_path / "evaluation.json").read_text())
+    files = sorted(tmp_path.glob("pictures/*/*.png"))
+    times = {file: file.stat().st_mtime_ns for file in files}
+    for file in files[3:5]:
+        file.unlink()
+        times.pop(file)
+    count_drawn.clear()
+    run_in_process(evaluate, monkeypatch, *run)
+    assert len(count_drawn) == 2
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+    again = json.loads((tmp_path / "evaluation.json").read_text())
+    for before, after in zip(first["cases"], again["cases"], strict=True):
+        assert before["means"]["reward"]["mean"] == pytest.approx(after["means"]["reward"]["mean"], abs=1e-2)
+
+    # More prompts, more pictures of each, another LoRA.
+    (tmp_path / "more.txt").write_text((world / "prompts.txt").read_text() + "a hill at night\n")
+    count_drawn.clear()
+    more = ["--prompts", tmp_path / "more.txt", "--num_images_per_prompt", "3"]
+    run_in_process(evaluate, monkeypatch, *run, world / "lora" / "checkpoint-2", *more)
+    assert len(count_drawn) == 2 * (4 * 3 - 3 * 2) + 4 * 3
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+
+    # Anything else is another evaluation.
+    with pytest.raises(
+        UserError, match="--sampler was pndm, is now ddim; --seed was 0, is now 1. Take another"
+    ):
+        run_in_process(evaluate, monkeypatch, *run, "--sampler", "ddim", "--seed", "1")
+    (tmp_path / "other.txt").write_text("a red cat\na blue dot\n")
+    with pytest.raises(UserError, match="prompt 1 was 'a blue dog', is now 'a blue dot'"):
+        run_in_process(evaluate, monkeypatch, *run, "--prompts", tmp_path / "other.txt")
+    assert json.loads((tmp_path / "settings.json").read_text())["prompts"][3] == "a hill at night"
+
+    damaged = files[0]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"{damaged.name} cannot be read .* Delete it"):
+        run_in_process(evaluate, monkeypatch, *run)
+
+
+def test_a_lora_that_does_nothing_changes_nothing(options, tiny, tmp_path, monkeypatch):
+    lora = make_lora(tiny, tmp_path / "nothing", 2, scale=0.0)
+    run_in_process(evaluate, monkeypatch, *options, "--output_dir", tmp_path / "out", "--lora_paths", lora)
+    case = json.loads((tmp_path / "out" / "evaluation.json").read_text())["cases"][1]
+    for measure, against in case["against_base"].items():
+        assert (against["difference"], against["low"], against["high"]) == pytest.approx((0, 0, 0), abs=1e-6)
+        assert against.get("tie", 6) == 6, measure
+
+
+def test_two_processes_go_on_after_a_kill_and_find_what_one_finds(options, world, tmp_path, monkeypatch):
+    run = [*options, "--lora_paths", world / "lora", "--num_images_per_prompt", "3"]
+    two = [*map(str, run), "--output_dir", tmp_path / "two"]
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(world)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    killed = subprocess.Popen(
+        [sys.executable, "evaluate.py", *two], cwd=ROOT, env={**os.environ, **settings}, **quiet
+    )
+    while not list(tmp_path.glob("two/pictures/*/*.png")) and killed.poll() is None:
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "two" / "report.html").exists()
+
+    two = run_script(sys.executable, *LAUNCH, *two, PYTHONPATH=str(world))
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("win / tie / loss") == 1 and two.stderr.count("scoring: 100%") <= 2
+    run_in_process(evaluate, monkeypatch, *run, "--output_dir", tmp_path / "one")
+    rows = [read_rows(tmp_path / name / "pictures.csv") for name in ("one", "two")]
+    assert len(rows[0]) == 2 * 3 * 3
+    for one, two in zip(*rows, strict=True):
+        assert one["seed"] == two["seed"] and one["prompt"] == two["prompt"]
+        assert float(one["held_out.red"]) == pytest.approx(float(two["held_out.red"]), abs=1e-3)
+    found = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
+    assert [case["name"] for case in found[0]["cases"]] == [case["name"] for case in found[1]["cases"]]
+
+
+def test_without_features_or_pairs_there_is_no_diversity(options, world, tmp_path, monkeypatch, capsys):
+    run = [*options, "--lora_paths", world / "lora"]
+    own = ["--reward", "held_out:red", "--held_out_reward", "None", "--reward_path", tmp_path / "nowhere"]
+    run_in_process(evaluate, monkeypatch, *run, *own, "--output_dir", tmp_path / "own")
+    assert "no diversity: no reward has features" in capsys.readouterr().out
+    one = ["--num_images_per_prompt", "1", "--num_prompts", "1"]
+    run_in_process(evaluate, monkeypatch, *run, *one, "--output_dir", tmp_path / "one")
+    assert "no diversity: it takes --num_images_per_prompt 2" in capsys.readouterr().out
+    found = json.loads((tmp_path / "one" / "evaluation.json").read_text())
+    assert found["measures"] == ["reward", "held_out.red", "saturated"]
+
+
+def test_names_are_short_and_no_lora_counts_twice(world, tiny, tmp_path, capsys):
+    folder = tmp_path / "run"
+    make_lora(tiny, folder, 2, about=1)
+    make_lora(tiny, folder / "base", 2, about=2)
+    (folder / "same.safetensors").write_bytes((folder / diffusion.LORA_FILE).read_bytes())
+    paths = [str(folder), str(folder / "base" / diffusion.LORA_FILE), str(folder / "same.safetensors")]
+    assert [lora.name for lora in evaluate.find_loras(paths)] == ["run", "run/base"]
+    assert "same.safetensors is the same LoRA as" in capsys.readouterr().out
+    assert [lora.name for lora in evaluate.find_loras(paths[1:2])] == ["LoRA base"]
+
+
+def test_as_trained_is_one_way(options, world, tiny, tmp_path, monkeypatch):
+    trained = {"guidance_scale": 3.0, "sampler": "ddim", "num_inference_steps": 2, "lora_in_uncond": False}
+    lora = make_lora(tiny, tmp_path / "lora", 2, **trained)
+    other = make_lora(tiny, tmp_path / "other", 2, **trained | {"guidance_scale": 1.0})
+    run = [*options, "--as_trained", "--output_dir", tmp_path / "out", "--lora_paths", lora]
+    with pytest.raises(
+        UserError, match="lora was trained with --guidance_scale 3.0, .*other with --guid.* 1.0"
+    ):
+        run_in_process(evaluate, monkeypatch, *run, other)
+    assert not (tmp_path / "out").exists()
+    run_in_process(evaluate, monkeypatch, *run, "--num_prompts", "1")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert (settings["sampler"], settings["lora_in_uncond"]) == ("ddim", False)
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["cases"][0]["guidance_scale"] == 3.0
+
+
+MISTAKES = {
+    "--lora_paths nowhere": "no LoRA at nowhere",
+    "--lora_paths README.md": "README.md is damaged or is not",
+    "--prompts README.md": "prompts are read from",
+    "--num_prompts 0": "--num_prompts 0: must be 1 or more",
+    "--num_images_per_prompt 0": "--num_images_per_prompt 0: must be 1 or more",
+    "--tie_margin -1": "--tie_margin -1.0: must be 0 or more",
+    "--sweep_lora_scale 1,x": "--sweep_lora_scale 1,x: expected numbers",
+    "--sweep_lora_scale 0": "nothing to compare",
+    "--lora_scale 0": "nothing to compare",
+    "--sweep_guidance nan": "must be finite",
+    "--held_out_reward imagereward": "imagereward is in --reward, so it is not held out",
+    "--held_out_reward held_out:blue": "there is no blue",
+    "--reward_path nowhere": "nowhere/ImageReward.pt",
+    "--output_dir README.md/out": "README.md is not a folder",
+    "--output_dir /proc/refl": "cannot be written",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(options, world, tmp_path, monkeypatch, mistake):
+    run = [*options, "--output_dir", tmp_path / "out", "--lora_paths", world / "lora"]
+    with pytest.raises(UserError, match=MISTAKES[mistake]):
+        run_in_process(evaluate, monkeypatch, *run, *mistake.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_fails_does_so_before_the_drawing(options, world, tmp_path, monkeypatch, count_drawn):
+    (world / "broken.py").write_text("def red(images, prompts): return images.mean()\n")
+    with pytest.raises(UserError, match="the reward broken.red returned a tensor"):
+        run_in_process(
+            evaluate, monkeypatch, *options, "--held_out_reward", "broken:red", "--output_dir",
+            tmp_path / "out", "--lora_paths", world / "lora",
+        )  # fmt: skip
+    assert not count_drawn and not (tmp_path / "out").exists()
+
+
+def test_a_lora_that_does_not_fit_is_found_before_the_drawing(
+    options, world, tmp_path, monkeypatch, count_drawn
+):
+    weights = {
+        name: torch.cat([w, w], -1) for name, w in load_file(world / "lora" / diffusion.LORA_FILE).items()
+    }
+    save_file(weights, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    loras = world / "lora", tmp_path / "other.safetensors"
+    with pytest.raises(UserError, match="does not fit this model"):
+        run_in_process(
+            evaluate, monkeypatch, *options, "--output_dir", tmp_path / "out", "--lora_paths", *loras
+        )
+    assert not count_drawn
+
+
+def test_a_mistake_is_one_message_for_two_processes(options, tmp_path):
+    run = run_script(sys.executable, *LAUNCH, *options, "--lora_paths", "nowhere", "--output_dir", tmp_path)
+    assert run.returncode == 2 and run.stderr.count("error: ") == 1 and "Traceback" not in run.stderr
+
+
+def test_a_full_disk_is_said(options, world, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("refl.files.write_synced", full)
+    run = [*options, "--output_dir", tmp_path, "--lora_paths", world / "lora"]
+    with pytest.raises(UserError, match="No space left on device. The same command goes on from here"):
+        run_in_process(evaluate, monkeypatch, *run)
