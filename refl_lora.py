@@ -232,6 +232,7 @@ def _as_argument(name: str, value: str | int | float | bool | None) -> str:
 
 
 BEST = "best"  # folder of the best LoRA so far, inside --output_dir
+ENOUGH_PICTURES = 64  # for --early_stop to tell a change from chance
 
 # Options that the LoRA does not depend on, or only to rounding.
 HARMLESS = """options_file check output_dir also_kohya prompts train_batch_size decode_batch_size
@@ -750,22 +751,36 @@ def main() -> None:
                 f"{output} cannot be written: {error}. Make room and give the same command again."
             ) from error
 
-    def result(last: bytes) -> bytes:
-        """The LoRA that the run is for: the best one where there is a guard, else the last."""
+    def finish(last: bytes, is_repeated: bool = False) -> None:
+        """Put the run's result in its place, with a model card, if it is not there yet: the best LoRA where
+        there is a guard, else the last."""
         best = output / BEST / diffusion.LORA_FILE
-        return best.read_bytes() if options.early_stop and best.exists() else last
+        files = lora_files(best.read_bytes() if options.early_stop and best.exists() else last, output)
+        is_there = all(file.exists() and file.read_bytes() == own for file, own in files.items())
+        if is_repeated and is_there and (output / card.FILE).exists():
+            return
+        save_lora(files[output / diffusion.LORA_FILE], output)
+        try:
+            card.write(output)
+        except UserError as error:
+            print(f"WARNING: no model card: {error}", file=sys.stderr)
 
     reason = Guard.from_state(progress.guard).reason
     if checkpoint and (progress.step >= options.max_train_steps or reason):
         if accelerator.is_main_process:  # it may have been ended between its last checkpoint and its LoRA
-            files = lora_files(content := result(checkpoint[diffusion.LORA_FILE]), output)
-            if any(not file.exists() or file.read_bytes() != own for file, own in files.items()):
-                save_lora(content, output)
+            finish(checkpoint[diffusion.LORA_FILE], is_repeated=True)
             stopped = f", where {reason}" if reason else ""
             print(f"finished before: {progress.step} steps{stopped}; LoRA in {output / diffusion.LORA_FILE}")
         return
     if checkpoint:
         accelerator.print(f"going on after step {progress.step}")
+
+    watched = len(validation_prompts) * options.validation_images_per_prompt
+    if options.early_stop and (watched < ENOUGH_PICTURES or options.validation_images_per_prompt == 1):
+        accelerator.print(
+            f"note: --early_stop compares {watched} pictures, and diversity from 2 of a prompt on; surer: "
+            f"--num_validation_images {ENOUGH_PICTURES // 2} --validation_images_per_prompt 2"
+        )
 
     # ---- models
     home = torch.device("cpu") if options.low_memory else device  # of the frozen models
@@ -1156,14 +1171,10 @@ def main() -> None:
     if ending:
         raise ending
     if accelerator.is_main_process:
-        save_lora(result(diffusion.pack_lora(parts.unet, lora_metadata())), output)
+        finish(diffusion.pack_lora(parts.unet, lora_metadata()))
         seconds, done = time.perf_counter() - started, progress.step - remaining.start
         best = progress.guard["best"]["step"] if options.early_stop else progress.step
         which = "" if best == progress.step else f" is that of step {best}, the best,"
-        try:
-            card.write(output)
-        except UserError as error:
-            print(f"WARNING: no model card: {error}", file=sys.stderr)
         print(f"{done} steps in {seconds:.0f} s; LoRA{which} in {output / diffusion.LORA_FILE}")
         if progress.validation is not None:
             print(f"validation reward {progress.first_validation:+.3f} -> {progress.validation:+.3f}")

@@ -30,6 +30,7 @@ from matplotlib.ticker import MaxNLocator
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+FILE = "README.md"
 EVALUATION, BEFORE_AFTER = "evaluation.json", "before_after.png"  # an evaluation's, kept in the folder
 MAIN_OPTIONS = """learning_rate max_train_steps rank train_batch_size gradient_accumulation_steps
     num_inference_steps min_stop max_stop guidance_scale grad_scale reward_target seed""".split()
@@ -73,13 +74,13 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
             raise UserError(f"--evaluation {evaluation}: no {EVALUATION} there that can be read.") from error
         card = _render(facts | {"cases": []})
     try:
-        for name, content in (files | {"README.md": card}).items():
+        for name, content in (files | {FILE: card}).items():
             write_whole(folder / name, content)
         if not has_picture:
             (folder / BEFORE_AFTER).unlink(missing_ok=True)  # of an earlier evaluation
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
-    return folder / "README.md"
+    return folder / FILE
 
 
 def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:

@@ -115,6 +115,8 @@ def test_training_stops_early_and_keeps_the_best(hacked, tmp_path, monkeypatch, 
     )
     with pytest.raises(KeyError):
         logs.Scalars("validation/diversity")  # of no reward that has features
+    card = (out / "README.md").read_text()
+    assert "chose the LoRA of step 0" in card and f"stopped the run after step {stopped}: the reward" in card
     # Again: it is finished, and mends what is missing.
     (out / LORA).unlink()
     run_in_process(refl_lora, monkeypatch, *hacked)
