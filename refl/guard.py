@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 MIN_Z = 2.33  # a one-sided test that is wrong once in a hundred times
-MIN_DIVERSITY = 0.5  # of the base model's; some is always lost, since right pictures are more alike
+MIN_DIVERSITY = 0.25  # of the base model's; much is lost rightly, since right pictures are more alike
 MAX_SATURATED = 0.05  # share of colour values, beyond the base model's
 
 
