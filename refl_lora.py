@@ -12,8 +12,8 @@ Algorithm 1 of Xu et al. 2023 (arXiv 2304.05977), reward part. For each batch of
 
 Departures from the published code, each for a reason:
 
-- Trains a LoRA in float32 and keeps the model frozen; no pretraining loss, the frozen model is what it
-  protected.
+- Trains a LoRA in float32 and keeps the model frozen; the pretraining loss, which protected what is frozen
+  here, only with --pretrain_data.
 - The gradient is taken in two stages: d loss / d x0 through reward and decoder, a few pictures at a time,
   then d x0 / d LoRA through the UNet. The same chain rule for one more UNet forward, about 2 % of a step, and
   the two largest graphs never exist together. The micro-batches of an optimizer step are rolled out together.

@@ -279,6 +279,7 @@ def curves(scalars: dict[str, list], lora_step: int | None = None) -> bytes:
     validation.set_title("validation, always from the same noise")
     if len(seen) > 1:
         validation.legend(frameon=False, fontsize=8)
+    validation.set_visible(bool(seen))
     last = max((points[-1].step for points in scalars.values() if points), default=0)
     for axis in (reward, validation, loss, norm):
         axis.set_xlim(0, last or 1)
