@@ -765,7 +765,10 @@ def main() -> None:
         except UserError as error:
             print(f"WARNING: no model card: {error}", file=sys.stderr)
 
-    reason = Guard.from_state(progress.guard).reason
+    def reason_to_stop() -> str | None:
+        return Guard.from_state(progress.guard).reason if options.early_stop else None
+
+    reason = reason_to_stop()
     if checkpoint and (progress.step >= options.max_train_steps or reason):
         if accelerator.is_main_process:  # it may have been ended between its last checkpoint and its LoRA
             finish(checkpoint[diffusion.LORA_FILE], is_repeated=True)
@@ -1134,7 +1137,7 @@ def main() -> None:
             if is_validated(step + 1):
                 show_validation(step + 1)
             is_due = options.checkpointing_steps and (step + 1) % options.checkpointing_steps == 0
-            reason = Guard.from_state(progress.guard).reason
+            reason = reason_to_stop()
             if (is_due or is_told or reason) and save_checkpoint():
                 saved_step = step + 1
             if reason:

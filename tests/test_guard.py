@@ -122,6 +122,10 @@ def test_training_stops_early_and_keeps_the_best(hacked, tmp_path, monkeypatch, 
     run_in_process(refl_lora, monkeypatch, *hacked)
     assert f"finished before: {stopped} steps, where the reward still rises" in capsys.readouterr().out
     assert (out / LORA).read_bytes() == (out / "best" / LORA).read_bytes()
+    # Who does not believe it goes on without it.
+    run_in_process(refl_lora, monkeypatch, *hacked, "--no_early_stop", "--allow_changed_options")
+    assert f"{8 - stopped} steps in" in capsys.readouterr().out
+    assert diffusion.read_metadata(out)["step"] == 8
 
 
 def test_a_resumed_guard_is_the_one_that_was_not_stopped(hacked, tmp_path, monkeypatch):
