@@ -148,8 +148,8 @@ class Options:
     """Where guidance is used: without gradient, at the step that gets the gradient, or both. Validation
     always draws with it."""
     lora_in_uncond: bool = True
-    """Whether the LoRA acts on the prediction for the empty prompt as well, which is what other programs do;
-    inference_lora.py has the same option."""
+    """Whether the LoRA acts on the prediction for the empty prompt as well, which is what programs that draw
+    do."""
     normalize_by_stop: bool = False
     """Divide each gradient by |dx0/deps| of its stop index, which falls 8-fold from step 30 to 39, so that
     early and late stops count alike."""
