@@ -117,7 +117,9 @@ def main() -> None:
     # ---- options
     started = time.perf_counter()
     options = tyro.cli(Options, use_underscores=True)
-    trained, held_out = check_rewards(options)
+    doctor.check_files(options)
+    trained = list(rewards.parse(options.reward))
+    held_out = list(rewards.parse_held_out(options.held_out_reward))
     loras = find_loras(options.lora_paths)
     options = drawing.settle(options, [lora.path for lora in loras])
     prompts = check(options)
@@ -206,8 +208,9 @@ def main() -> None:
         print(f"note: intervals over {len(prompts)} prompt{'s' * (len(prompts) > 1)} are too narrow")
     print(f"report: {output / 'report.html'}")
     folder = Path(cases[shown].lora.path)
-    if (folder / "options.json").is_file():  # a training's result, not a checkpoint
-        print(f"model card: {card.write(folder, evaluation=output)}")
+    is_result = (folder / "options.json").is_file()  # of a training, not one of its checkpoints
+    if is_result and (written := card.write_if_possible(folder, evaluation=output)):
+        print(f"model card: {written}")
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -221,21 +224,6 @@ def check(options: Options) -> list[str]:
     if not options.tie_margin >= 0:
         raise UserError(f"--tie_margin {options.tie_margin}: must be 0 or more.")
     return read_prompts(options.prompts)[: options.num_prompts]
-
-
-def check_rewards(options: Options) -> tuple[list[str], list[str]]:
-    """Names of the rewards in the sum and of those held out; all weights are there."""
-    trained = rewards.parse(options.reward)
-    held_out = rewards.parse(options.held_out_reward, "--held_out_reward") if options.held_out_reward else {}
-    if both := trained.keys() & held_out.keys():
-        raise UserError(
-            f"--held_out_reward: {min(both)} is in --reward, so it is not held out; name another."
-        )
-    needs_weights = "imagereward" in trained.keys() | held_out.keys()
-    doctor.check_weights(
-        options.pretrained_model_name_or_path, options.reward_path if needs_weights else None
-    )
-    return list(trained), list(held_out)
 
 
 def find_loras(paths: Sequence[str]) -> list[Lora]:

@@ -361,13 +361,10 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on `device`; a GPU copies it while it does other things."""
-        prompt_embeds, noise = self.prompt_embeds, self.noise
-        if device.type == "cuda" and noise.device.type == "cpu":
-            prompt_embeds, noise = prompt_embeds.pin_memory(), noise.pin_memory()
         return replace(
             self,
-            prompt_embeds=prompt_embeds.to(device, non_blocking=True),
-            noise=noise.to(device, non_blocking=True),
+            prompt_embeds=devices.send(self.prompt_embeds, device),
+            noise=devices.send(self.noise, device),
             pretraining=self.pretraining and self.pretraining.to(device),
         )
 
@@ -382,7 +379,7 @@ class Pretraining:
     noise: Tensor  # (B, C, h, w)
 
     def to(self, device: torch.device) -> "Pretraining":
-        return Pretraining(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+        return Pretraining(*(devices.send(tensor, device) for tensor in vars(self).values()))
 
 
 @dataclass
@@ -454,6 +451,11 @@ def rollout(models: Models, batches: Sequence[MicroBatch]) -> list[tuple[Tensor,
     return [found[id(batch)] for batch in batches]
 
 
+def saturated_share(pictures: Tensor) -> Tensor:
+    """Share of each picture's colour values, (B,), that decode outside [0, 1]."""
+    return ((pictures < 0) | (pictures > 1)).float().mean((1, 2, 3))
+
+
 def x0_gradient(
     models: Models,
     batch: MicroBatch,
@@ -480,7 +482,7 @@ def x0_gradient(
             gradients += torch.autograd.grad(scale(loss), leaf)
         losses.append(loss.detach())
         scores.append(own_scores.detach())
-        saturated.append(((pictures < 0) | (pictures > 1)).float().mean())
+        saturated.append(saturated_share(pictures).mean())
         del pictures, own_scores, reward, shortfall, loss  # and with them the rest of the graph
     scores = torch.cat(scores, dim=1)  # (K, B)
     result = StepResult(
@@ -585,7 +587,7 @@ class Validation:
 
     pictures: Tensor  # (N, 3, H, W) uint8
     scores: Tensor  # (K, N), of each reward
-    held_out: Tensor  # (H, N), of each reward that is not trained on
+    held_out: Tensor | None  # (H, N), of each reward that is not trained on, if there is one
     saturated: Tensor  # (N,), share of colour values that decode outside [0, 1]
     diversity: Tensor | None  # (P,), of the pictures of each prompt, if the rewards can tell
 
@@ -595,47 +597,46 @@ def validate(
     models: Models, prompts: list[str], images_per_prompt: int, embeds: Callable[[list[str]], Tensor],
     noise_shape: tuple[int, ...], seed: int, batch_size: int, accelerator: Accelerator,
 ) -> Validation:  # fmt: skip
-    """Draw `images_per_prompt` pictures of each prompt, always from the same noise, and judge them.
+    """Draw a picture for each of N prompts, always from the same noise, and judge them; a prompt is there
+    `images_per_prompt` times in a row.
 
     The processes share the work; each returns the whole.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    wanted = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    own = range(rank, math.ceil(len(wanted) / world) * world, world)  # padded: every process draws as many
+    own = range(rank, math.ceil(len(prompts) / world) * world, world)  # padded: every process draws as many
     pictures, judged, device = [], [], accelerator.device
     last = len(models.ddpm.timesteps) - 1
-    everywhere = replace(models, guidance=(max(models.guidance),) * 2)
-    all_rewards = [rewards for rewards in (models.rewards, models.held_out) if rewards]
+    guidance_scale = next((scale for scale in models.guidance if scale != 1), 1.0)
+    guided = replace(models, guidance=(guidance_scale, guidance_scale))
+    judges = [judge for judge in (models.rewards, models.held_out) if judge]
     for start in range(0, len(own), batch_size):
-        indices = [index % len(wanted) for index in own[start : start + batch_size]]
-        chosen = [wanted[index] for index in indices]
+        indices = [index % len(prompts) for index in own[start : start + batch_size]]
+        chosen = [prompts[index] for index in indices]
         noise = randomness.noise((randomness.VALIDATION, seed), indices, (last + 1, *noise_shape))
         batch = MicroBatch(chosen, embeds(chosen), noise, last).to(device)
-        [(_, x0)] = rollout(everywhere, [batch])
-        with models.present(models.vae, *(m for rewards in all_rewards for m in rewards.modules())):
+        [(_, x0)] = rollout(guided, [batch])
+        with models.present(models.vae, *(module for judge in judges for module in judge.modules())):
             for latent, prompt in zip(x0, chosen, strict=True):
                 picture = diffusion.decode(models.vae, latent[None])
-                saturated = ((picture < 0) | (picture > 1)).float().mean((1, 2, 3))
+                columns = [saturated_share(picture)[:, None]]
                 picture = picture.clamp(0, 1)
-                scores = [rewards(picture, [prompt]) for rewards in all_rewards]  # (K, 1), (H, 1)
-                features = models.rewards.features(picture) if images_per_prompt > 1 else None  # (1, width)
-                columns = [saturated[:, None], *(own.T for own in scores)]
-                columns += [] if features is None else [features]
+                columns += [judge(picture, [prompt]).T for judge in judges]  # (1, K), (1, H)
+                if images_per_prompt > 1 and (features := models.rewards.features(picture)) is not None:
+                    columns.append(features)  # (1, width)
                 judged.append(torch.cat([column.float() for column in columns], dim=1))
                 pictures.append((picture * 255).round().byte())
-    order = torch.arange(len(own) * world).view(world, len(own)).T.flatten()[: len(wanted)]
-    pictures = accelerator.gather(torch.cat(pictures))
-    judged = accelerator.gather(torch.cat(judged))[order.to(device)].cpu()  # (N, 1 + K + H + width)
-    sizes = [1, *(len(rewards.weights) for rewards in all_rewards)]
+    order = torch.arange(len(own) * world).view(world, len(own)).T.flatten()[: len(prompts)].to(device)
+    pictures = accelerator.gather(torch.cat(pictures))[order]
+    judged = accelerator.gather(torch.cat(judged))[order].cpu()  # (N, 1 + K + H + width)
+    sizes = [1, *(len(judge.weights) for judge in judges)]
     saturated, *scores, features = judged.split([*sizes, judged.shape[1] - sum(sizes)], dim=1)
+    of_prompts = features.unflatten(0, (-1, images_per_prompt))  # (P, n, width), or of width 0
     return Validation(
-        pictures=pictures[order.to(device)],
+        pictures=pictures,
         scores=scores[0].T,
-        held_out=scores[1].T if models.held_out else torch.empty(0, len(wanted)),
+        held_out=scores[1].T if models.held_out else None,
         saturated=saturated[:, 0],
-        diversity=rewards.diversity(features.view(len(prompts), images_per_prompt, -1))
-        if features.numel()
-        else None,
+        diversity=rewards.diversity(of_prompts) if features.numel() else None,
     )
 
 
@@ -716,7 +717,11 @@ def main() -> None:
     check_options(options)
     resolution = doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
     prompts = read_prompts(options.prompts)
-    validation_prompts = read_prompts(options.validation_prompts)[: options.num_validation_images]
+    validation_prompts = [
+        prompt
+        for prompt in read_prompts(options.validation_prompts)[: options.num_validation_images]
+        for _ in range(options.validation_images_per_prompt)
+    ]
     captioned = read_captioned(options.pretrain_data) if options.pretrain_data else []
     if options.check:
         return
@@ -740,12 +745,11 @@ def main() -> None:
             files[folder / diffusion.KOHYA_FILE] = diffusion.to_kohya(content)
         return files
 
-    def save_lora(content: bytes, folder: Path) -> None:
+    def save(files: dict[Path, bytes | str]) -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for file, own in lora_files(content, folder).items():
-                write_whole(file, own)
-            write_whole(output / "options.json", json.dumps(saved_options, indent=2) + "\n")
+            for file, content in files.items():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, content)
         except OSError as error:
             raise UserError(
                 f"{output} cannot be written: {error}. Make room and give the same command again."
@@ -759,29 +763,24 @@ def main() -> None:
         is_there = all(file.exists() and file.read_bytes() == own for file, own in files.items())
         if is_repeated and is_there and (output / card.FILE).exists():
             return
-        save_lora(files[output / diffusion.LORA_FILE], output)
-        try:
-            card.write(output)
-        except UserError as error:
-            print(f"WARNING: no model card: {error}", file=sys.stderr)
+        save(files | {output / "options.json": json.dumps(saved_options, indent=2) + "\n"})
+        card.write_if_possible(output)
 
-    def reason_to_stop() -> str | None:
-        return Guard.from_state(progress.guard).reason if options.early_stop else None
-
-    reason = reason_to_stop()
-    if checkpoint and (progress.step >= options.max_train_steps or reason):
+    guard = Guard.from_state(progress.guard if options.early_stop else {})
+    progress.guard = guard.state()
+    if checkpoint and (progress.step >= options.max_train_steps or guard.reason):
         if accelerator.is_main_process:  # it may have been ended between its last checkpoint and its LoRA
             finish(checkpoint[diffusion.LORA_FILE], is_repeated=True)
-            stopped = f", where {reason}" if reason else ""
+            stopped = f", where {guard.reason}" if guard.reason else ""
             print(f"finished before: {progress.step} steps{stopped}; LoRA in {output / diffusion.LORA_FILE}")
         return
     if checkpoint:
         accelerator.print(f"going on after step {progress.step}")
 
-    watched = len(validation_prompts) * options.validation_images_per_prompt
-    if options.early_stop and (watched < ENOUGH_PICTURES or options.validation_images_per_prompt == 1):
+    number = len(validation_prompts)
+    if options.early_stop and (number < ENOUGH_PICTURES or options.validation_images_per_prompt == 1):
         accelerator.print(
-            f"note: --early_stop compares {watched} pictures, and diversity from 2 of a prompt on; surer: "
+            f"note: --early_stop compares {number} pictures, and diversity from 2 of a prompt on; surer: "
             f"--num_validation_images {ENOUGH_PICTURES // 2} --validation_images_per_prompt 2"
         )
 
@@ -968,7 +967,6 @@ def main() -> None:
         )  # fmt: skip
         total = models.rewards.total(found.scores)  # (N,)
         if options.early_stop:
-            guard = Guard.from_state(progress.guard)
             is_best = guard.look(
                 Seen(
                     step,
@@ -980,19 +978,15 @@ def main() -> None:
             )
             progress.guard = guard.state()
             if is_best and accelerator.is_main_process:
-                save_lora(diffusion.pack_lora(parts.unet, lora_metadata()), output / BEST)
+                save(lora_files(diffusion.pack_lora(parts.unet, lora_metadata()), output / BEST))
         if writer:
-            shown = found.pictures[: board.MAX_PICTURES]
-            named = [
-                prompt for prompt in validation_prompts for _ in range(options.validation_images_per_prompt)
-            ]
-            captions = [f"{own:+.2f}  {prompt}" for own, prompt in zip(total, named, strict=True)][
-                : len(shown)
-            ]
-            sheet = board.sheet([board.to_pil(picture / 255) for picture in shown], captions, f"step {step}")
+            captions = [f"{own:+.2f}  {p}" for own, p in zip(total, validation_prompts, strict=True)]
+            shown = slice(board.MAX_PICTURES)
+            pictures = [board.to_pil(picture / 255) for picture in found.pictures[shown]]
+            sheet = board.sheet(pictures, captions[shown], f"step {step}")
             means = models.rewards.means(found.scores) | {"reward": total.mean().item()}
             means["saturated"] = found.saturated.mean().item()
-            if models.held_out:
+            if found.held_out is not None:
                 means |= models.held_out.means(found.held_out)
             if found.diversity is not None:
                 means["diversity"] = found.diversity.mean().item()
@@ -1137,11 +1131,10 @@ def main() -> None:
             if is_validated(step + 1):
                 show_validation(step + 1)
             is_due = options.checkpointing_steps and (step + 1) % options.checkpointing_steps == 0
-            reason = reason_to_stop()
-            if (is_due or is_told or reason) and save_checkpoint():
+            if (is_due or is_told or guard.reason) and save_checkpoint():
                 saved_step = step + 1
-            if reason:
-                accelerator.print(f"stopped early after step {step + 1}: {reason}")
+            if guard.reason:
+                accelerator.print(f"stopped early after step {step + 1}: {guard.reason}")
                 break
             if is_told:
                 raise Stopped(signals.received or signal.SIGTERM)
@@ -1176,7 +1169,7 @@ def main() -> None:
     if accelerator.is_main_process:
         finish(diffusion.pack_lora(parts.unet, lora_metadata()))
         seconds, done = time.perf_counter() - started, progress.step - remaining.start
-        best = progress.guard["best"]["step"] if options.early_stop else progress.step
+        best = guard.best.step if options.early_stop else progress.step
         which = "" if best == progress.step else f" is that of step {best}, the best,"
         print(f"{done} steps in {seconds:.0f} s; LoRA{which} in {output / diffusion.LORA_FILE}")
         if progress.validation is not None:

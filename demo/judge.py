@@ -5,6 +5,7 @@ What it cannot read is None and counts as wrong: mixed colours, shapes between t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -69,30 +70,16 @@ def grade(pictures: Sequence[np.ndarray | Image.Image], prompts: Sequence[str]) 
     return right | {"all_right": np.logical_and.reduce(list(right.values()))}
 
 
-def all_right(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """1 for pictures (B, 3, H, W) in [0, 1] that are right in everything, else 0, as a reward: (B,). No
-    gradient."""
-    return _verdicts("all_right", images, prompts)
-
-
-def colour(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The same for the colour alone."""
-    return _verdicts("colour", images, prompts)
-
-
-def shape(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The same for the shape alone."""
-    return _verdicts("shape", images, prompts)
-
-
-def background(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The same for the background alone."""
-    return _verdicts("background", images, prompts)
-
-
-def _verdicts(attribute: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
+def share(attribute: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """What `grade` says of pictures (B, 3, H, W) in [0, 1], as a reward: (B,), 1 for right. No gradient."""
     pictures = (images.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return torch.from_numpy(grade(pictures, prompts)[attribute]).float()
+
+
+# judge:all_right, ... in --held_out_reward
+all_right, colour, shape, background = (
+    partial(share, attribute) for attribute in ("all_right", "colour", "shape", "background")
+)
 
 
 def _nearest(pixels: np.ndarray, palette: np.ndarray, min_pure: float) -> int | None:

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,6 +82,15 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
     return folder / FILE
+
+
+def write_if_possible(folder: str | Path, evaluation: str | Path | None = None) -> Path | None:
+    """As `write`; where that cannot be, a warning: what the card is about is done."""
+    try:
+        return write(folder, evaluation)
+    except UserError as error:
+        print(f"WARNING: no model card: {error}", file=sys.stderr)
+        return None
 
 
 def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:

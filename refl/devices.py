@@ -52,6 +52,12 @@ def pin(model: torch.nn.Module) -> None:
             tensor.data = tensor.data.pin_memory()
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; a GPU copies it while it does other things."""
+    is_copied = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if is_copied else tensor).to(device, non_blocking=True)
+
+
 def peak_memory(device: torch.device) -> float:
     """Most memory held so far, GiB: the GPU's by torch's allocator, or the process's own."""
     if device.type == "cuda":

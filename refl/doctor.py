@@ -200,15 +200,23 @@ def check_versions(options: Any) -> str:
 
 def check_files(options: Any) -> str:
     """The rewards exist, and so do the files of the model and, if it is asked for, of ImageReward."""
-    from refl import rewards  # only here: its libraries may be what is wrong
-
-    named = rewards.parse(options.reward)
-    if options.held_out_reward:
-        named |= rewards.parse(options.held_out_reward, "--held_out_reward")
+    named = _rewards(options)
     check_weights(
         options.pretrained_model_name_or_path, options.reward_path if "imagereward" in named else None
     )
     return f"those of {options.pretrained_model_name_or_path} and of {', '.join(named)}"
+
+
+def _rewards(options: Any) -> list[str]:
+    """Names of the rewards that are trained on and held out; raises `UserError` if one is both."""
+    from refl import rewards  # only here: its libraries may be what is wrong
+
+    trained, held_out = rewards.parse(options.reward), rewards.parse_held_out(options.held_out_reward)
+    if both := trained.keys() & held_out.keys():
+        raise UserError(
+            f"--held_out_reward: {min(both)} is in --reward, so it is not held out; name another."
+        )
+    return [*trained, *held_out]
 
 
 def check_model_files(options: Any) -> str:
@@ -261,13 +269,13 @@ def check_devices(options: Any) -> str:
 
 def check_memory(options: Any) -> str:
     """The GPUs' free memory, and whether the options fit into it. Takes some of it until the process ends."""
-    from refl import memory, rewards
+    from refl import memory
 
     import torch
 
     size = memory.needed(options, *_dtype_and_resolution(options))
     texts = [f"about {size:.1f} GiB needed"]
-    if others := [name for name in rewards.parse(options.reward) if name != "imagereward"]:
+    if others := [name for name in _rewards(options) if name != "imagereward"]:
         texts[0] += f" besides what {', '.join(others)} takes"
     for gpu in range(torch.cuda.device_count()):
         try:

@@ -1,9 +1,9 @@
 """Captioned pictures in a folder: what the model's own training loss is taken on."""
 
-import json
 from pathlib import Path
 
 from refl.errors import UserError
+from refl.prompts import json_lines
 
 import numpy as np
 import torch
@@ -38,20 +38,15 @@ def read_captioned(folder: str | Path) -> list[tuple[Path, str]]:
 
 def _read_metadata(metadata: Path) -> list[tuple[Path, str]]:
     try:
-        lines = metadata.read_text(encoding="utf-8").split("\n")
+        content = metadata.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{metadata} cannot be read ({error}).") from error
     pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for place, entry in json_lines(metadata, content):
         try:
-            entry = json.loads(line)
             pairs.append((metadata.parent / entry["file_name"], " ".join(entry["text"].split())))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f'{metadata}, line {number}: expected {{"file_name": "1.png", "text": "a caption"}}.'
-            ) from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f'{place}: expected {{"file_name": "1.png", "text": "a caption"}}.') from error
     return pairs
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -55,7 +56,11 @@ def _read_json(path: Path, content: str) -> list[str]:
 
 
 def _read_jsonl(path: Path, content: str) -> list[str]:
-    prompts = []
+    return [_text(entry, place) for place, entry in json_lines(path, content)]
+
+
+def json_lines(path: Path, content: str) -> Iterator[tuple[str, object]]:
+    """Where each line that is not blank is, for messages, and what it holds; raises `UserError`."""
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
@@ -64,8 +69,7 @@ def _read_jsonl(path: Path, content: str) -> list[str]:
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
             raise UserError(f"{path}, line {number}: not valid JSON ({reason}).") from error
-        prompts.append(_text(entry, f"{path}, line {number}"))
-    return prompts
+        yield f"{path}, line {number}", entry
 
 
 def _read_csv(path: Path, content: str) -> list[str]:

@@ -155,6 +155,11 @@ def parse(specification: str, option: str = "--reward") -> dict[str, tuple[float
     return parsed
 
 
+def parse_held_out(specification: str | None) -> dict[str, tuple[float, RewardLoader]]:
+    """The same of `--held_out_reward`, which may be None: {}."""
+    return parse(specification, "--held_out_reward") if specification else {}
+
+
 def load(
     specification: str,
     folder: str | Path,

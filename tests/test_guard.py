@@ -126,6 +126,7 @@ def test_training_stops_early_and_keeps_the_best(hacked, tmp_path, monkeypatch, 
     run_in_process(refl_lora, monkeypatch, *hacked, "--no_early_stop", "--allow_changed_options")
     assert f"{8 - stopped} steps in" in capsys.readouterr().out
     assert diffusion.read_metadata(out)["step"] == 8
+    assert "chose the LoRA" not in (out / "README.md").read_text()
 
 
 def test_a_resumed_guard_is_the_one_that_was_not_stopped(hacked, tmp_path, monkeypatch):
@@ -174,6 +175,25 @@ def test_validation_shows_diversity_and_shrinkage_shrinks(training_options, tmp_
     shrunk, plain = (load_file(tmp_path / name / LORA) for name in ("shrunk", "plain"))
     for name, value in plain.items():
         torch.testing.assert_close(shrunk[name], value / 2 if ".up." in name else value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.5, 3.0])
+@pytest.mark.parametrize("guidance_in", ["rollout", "gradient", "both"])
+def test_validation_is_guided_throughout(training_options, monkeypatch, guidance_scale, guidance_in):
+    scales, predict_noise = [], refl_lora.predict_noise
+    monkeypatch.setattr(refl_lora, "predict_noise", lambda *a: scales.append(a[4]) or predict_noise(*a))
+    validate = refl_lora.validate
+
+    def watched(*arguments):
+        before = len(scales)
+        found = validate(*arguments)
+        assert set(scales[before:]) == {guidance_scale}
+        return found
+
+    monkeypatch.setattr(refl_lora, "validate", watched)
+    guided = ["--guidance_scale", guidance_scale, "--guidance_in", guidance_in, "--max_train_steps", 1]
+    run_in_process(refl_lora, monkeypatch, *training_options, *guided)
+    assert (1.0 in scales) == (guidance_in != "both")
 
 
 def test_diversity_is_the_mean_distance_of_all_pairs():

@@ -322,6 +322,7 @@ MISTAKES = {
     "--early_stop --validation_steps 0": "have --validation_steps above 0",
     "--validation_images_per_prompt 0": "must be 1 or more",
     "--pretrain_data nowhere": "nowhere: there is no such folder",
+    "--held_out_reward imagereward": "imagereward is in --reward, so it is not held out",
     "--held_out_reward pickscore": "--held_out_reward pickscore: pickscore is not a reward",
     "--reward pickscore": "--reward pickscore: pickscore is not a reward; name imagereward or a function",
     "--prompts nowhere.txt": "nowhere.txt: the prompts file cannot be read",

@@ -172,9 +172,9 @@ def table(found: dict[tuple, dict[int, dict[str, float]]]) -> str:
 
 def plot_bars(found: dict, path: Path) -> None:
     """Fully right and reward of each run: the mean over seeds, and a dot for each."""
+    is_swept = len({guidance for _, guidance, *_ in found}) > 1
     labels = [
-        run + (f", guidance {guidance:g}" + f", {uncond} uncond" * bool(uncond)) * (len(set(g)) > 1)
-        for g in [[key[1] for key in found]]
+        run + f", guidance {guidance:g}" * is_swept + f", {uncond} uncond" * bool(uncond and is_swept)
         for run, guidance, uncond, _ in found
     ]
     figure = Figure(figsize=(10, 0.6 + 0.32 * len(labels)), layout="constrained")
