@@ -17,11 +17,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from refl.errors import UserError, run_as_command
+from refl.options import Options as TrainingOptions
+from refl.options import check_values, saved_arguments
 from refl.prompts import read_prompts
 
 from safetensors import SafetensorError, safe_open
@@ -153,33 +156,18 @@ class Doubt(Exception):
 
 
 @dataclass
-class Options:
-    """Look at everything that training will need. The options are those of refl_lora.py; see its --help."""
+class Options(TrainingOptions):
+    """Look at everything that training will need. The options are those of refl_lora.py."""
 
-    pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
-    reward: str = "imagereward"
-    held_out_reward: str | None = None
-    reward_path: str = "checkpoint"
-    prompts: str = "data/train_prompts.txt"
-    validation_prompts: str = "data/held_out_prompts.txt"
-    output_dir: str = "checkpoint/refl_lora"
-    resolution: int | None = None
-    rank: int = 4
-    train_batch_size: int = 2
-    gradient_accumulation_steps: int = 4
-    decode_batch_size: int = 1
-    rollout_batch_size: int = 8
-    num_inference_steps: int = 40
-    guidance_scale: float = 1.0
-    guidance_in: str = "both"
-    lora_in_uncond: bool = True
-    gradient_checkpointing: bool = False
-    low_memory: bool = False
-    checkpoints_total_limit: int = 3
-    mixed_precision: str | None = None
-    """None: bf16 where all GPUs can, else fp16; no on the CPU."""
     main_process_port: int = 0
     """The port that processes meet at; 0: a free one."""
+
+
+def check_options(options: TrainingOptions) -> str:
+    """Their values are possible ones."""
+    check_values(options)
+    pictures = options.train_batch_size * options.gradient_accumulation_steps
+    return f"{options.max_train_steps} steps of {pictures} pictures a process"
 
 
 def check_versions(options: Any) -> str:
@@ -329,6 +317,7 @@ def check_port(options: Any) -> str:
 
 
 CHECKS: dict[str, Callable[[Any], str]] = {
+    "options": check_options,
     "versions": check_versions,
     "devices": check_devices,
     "port": check_port,
@@ -372,9 +361,12 @@ def main() -> None:
     """A table of all checks; exit code 2 if one fails."""
     import tyro
 
-    options, others = tyro.cli(
-        Options, prog="python -m refl.doctor", use_underscores=True, return_unknown_args=True
+    read = partial(
+        tyro.cli, Options, prog="python -m refl.doctor", use_underscores=True, return_unknown_args=True
     )
+    options, others = read()
+    if options.options_file:
+        options, others = read(args=[*saved_arguments(options.options_file), *sys.argv[1:]])
     if others:
         print(f"not looked at: {' '.join(others)}")
     failed = False

@@ -1,12 +1,12 @@
 """The doctor's table: what passes, what is doubtful, what fails, and what to do."""
 
 import dataclasses
+import json
 import shutil
 import socket
 import sys
 from collections import namedtuple
 
-import refl_lora
 from refl import doctor, memory
 from refl.errors import UserError
 
@@ -43,27 +43,20 @@ def test_the_command_prints_a_table(tiny, tmp_path):
     assert "FAIL  model" in run.stdout and "pass  prompts" in run.stdout  # one failure hides no other
 
 
-def test_the_options_are_those_of_training():
-    for field in dataclasses.fields(doctor.Options):
-        if field.name != "main_process_port":  # the launcher's
-            assert getattr(doctor.Options(), field.name) == getattr(refl_lora.Options(), field.name)
-
-
-def test_the_options_of_a_run_may_all_be_given(options, monkeypatch, capsys):
-    given = [
-        f"--pretrained_model_name_or_path={options.pretrained_model_name_or_path}",
-        "--learning_rate=1e-04",
-    ]
-    monkeypatch.setattr(
-        sys, "argv", ["doctor", *given, f"--reward_path={options.reward_path}", "--reward=nothing"]
-    )
-    with pytest.raises(SystemExit):
-        doctor.main()
-    out = capsys.readouterr().out
-    assert (
-        "not looked at: --learning_rate=1e-04" in out
-        and "FAIL  files      --reward nothing: nothing is not" in out
-    )
+def test_the_options_of_a_run_may_all_be_given(options, monkeypatch, capsys, tmp_path):
+    saved = dataclasses.asdict(options) | {"reward": "nothing", "train_batch_size": 3}
+    del saved["options_file"], saved["main_process_port"]
+    (tmp_path / "options.json").write_text(json.dumps(saved))
+    for given in ([f"--{name}={saved[name]}" for name in ("reward", "reward_path", "train_batch_size")],
+                  [f"--options_file={tmp_path / 'options.json'}"]):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["doctor", *given, "--learning_rate=-1", "--num_processes=2"])
+        with pytest.raises(SystemExit):
+            doctor.main()
+        out = capsys.readouterr().out
+        assert "not looked at: --num_processes=2" in out
+        assert "FAIL  files      --reward nothing: nothing is not" in out
+        assert "FAIL  options    --learning_rate -1.0: must be positive." in out
+        assert "pass  port" in out
 
 
 def test_every_check_passes(options):
