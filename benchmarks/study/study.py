@@ -25,14 +25,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Literal
 
+import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from refl.files import write_whole  # noqa: E402
+
+import world  # noqa: E402
 
 WORLD = "--pretrained_model_name_or_path demo/checkpoint/stable-diffusion-v1-4 --reward_path demo/checkpoint"
 # The demo's settings, but one process, which on two cores leaves room for another training.
@@ -45,6 +49,7 @@ DEMO = f"""{WORLD} --prompts demo/prompts/train.txt --validation_prompts demo/pr
 LONG = """--max_train_steps 1000 --lr_scheduler constant --checkpointing_steps 100
     --checkpoints_total_limit 10 --validation_steps 50 --num_validation_images 64
     --validation_images_per_prompt 2 --held_out_reward judge:all_right"""
+PICTURES = "result/study/pictures"  # of the world itself, for the loss that the model was pretrained with
 
 STUDIES = {
     "guidance": {
@@ -76,10 +81,14 @@ STUDIES = {
         "held-out reward": f"{LONG} --early_stop",
         "no held-out reward": f"{LONG} --early_stop --held_out_reward None",
     },
-    "regularisers": {
-        "noise distance 0.03": f"{LONG} --noise_distance_weight 0.03",
-        "noise distance 0.3": f"{LONG} --noise_distance_weight 0.3",
-        "shrinkage 0.01": f"{LONG} --lora_shrinkage 0.01",
+    "regularisers": {  # not watched, and judged half as often
+        name: f"""{LONG} --max_train_steps 600 --checkpointing_steps 200 --validation_steps 0
+            --held_out_reward None {options}"""
+        for name, options in {
+            "noise distance 0.1": "--noise_distance_weight 0.1",
+            "shrinkage 0.01": "--lora_shrinkage 0.01",
+            "pictures, weight 1": f"--pretrain_data {PICTURES} --pretrain_weight 1",
+        }.items()
     },
 }
 # How they are judged. Each is an evaluation of all LoRAs of the study.
@@ -88,6 +97,8 @@ JUDGED["guidance"] = {
     "": "--sweep_guidance 1,3 --num_images_per_prompt 2",
     "base uncond": "--guidance_scale 3 --no_lora_in_uncond --num_images_per_prompt 2",
 }
+Found = dict[tuple[str, float, str, int | None], dict[int, dict[str, float]]]
+BASE = "base model"
 MEASURES = {"judge.all_right": "fully right", "reward": "reward", "diversity": "diversity"}
 
 
@@ -105,6 +116,21 @@ class Options:
     """Train nothing."""
     output_dir: str = "result/study"
     """Where LoRAs and pictures go."""
+
+
+def write_pictures(folder: Path, of_each: int = 8) -> None:
+    """Pictures that the world draws of what is not held out, with captions."""
+    rng = np.random.default_rng(0)
+    specs = [spec for spec in world.SPECS if not spec.held_out for _ in range(of_each)]
+    indices = np.array([spec.indices for spec in specs])
+    pictures = world.draw(indices, world.random_geometry(rng, len(specs)))
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (spec, picture) in enumerate(zip(specs, pictures, strict=True)):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+        caption = spec.caption(rng.integers(len(world.TEMPLATES)))
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}) + "\n")
+    write_whole(folder / "metadata.jsonl", "".join(lines))
 
 
 def train(folder: Path, options: str, seed: int) -> None:
@@ -134,8 +160,12 @@ def judge(study: str, name: str, own: str, runs: dict[Path, tuple], folder: Path
     return json.loads((output / "evaluation.json").read_text())
 
 
-def gather(study: str, evaluations: dict[str, dict]) -> dict[tuple, dict[int, dict[str, float]]]:
-    """Means of each seed, by (run, guidance, what the empty prompt is predicted by, step)."""
+def gather(study: str, evaluations: dict[str, dict]) -> Found:
+    """Means of each seed, by (run, guidance, what the empty prompt is predicted by, step).
+
+    The step is None for a run's result, whose steps may differ from seed to seed: "step", its own, and
+    "ended", where training ended, are then among the means.
+    """
     found = defaultdict(dict)
     for name, evaluation in evaluations.items():
         for case in evaluation["cases"]:
@@ -143,18 +173,41 @@ def gather(study: str, evaluations: dict[str, dict]) -> dict[tuple, dict[int, di
             uncond = "" if case["guidance_scale"] == 1 else "base" if name else "LoRA"
             if case["lora_path"] is None:
                 if not name:
-                    found["base model", case["guidance_scale"], "", 0][0] = means
+                    found[BASE, case["guidance_scale"], "", 0][0] = means
                 continue
-            path = Path(case["lora_path"])
-            step = int(path.name.partition("-")[2]) if path.name.startswith("checkpoint-") else case["step"]
-            run = path.parent.name if path.name.startswith("checkpoint-") else path.name
-            run, _, seed = run.rpartition("-seed")
+            path, step = Path(case["lora_path"]), None
+            if path.name.startswith("checkpoint-"):
+                path, step = path.parent, step_of(path)
+            else:
+                means |= {"step": case["step"], "ended": max(map(step_of, path.glob("checkpoint-*")))}
+            run, _, seed = path.name.rpartition("-seed")
             title = next(title for title in STUDIES[study] if slug(title) == run)
             found[title, case["guidance_scale"], uncond, step][int(seed)] = means
-    return dict(found)
+    order = [BASE, *STUDIES[study]]
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][3] or 0)))
 
 
-def table(found: dict[tuple, dict[int, dict[str, float]]]) -> str:
+def step_of(checkpoint: Path) -> int:
+    """The number in a checkpoint's name."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def plain(folder: Path) -> Found:
+    """The study `steps`, to be compared with."""
+    try:
+        rows = json.loads((folder / "steps.json").read_text())["rows"]
+    except FileNotFoundError:
+        sys.exit("compared with the study `steps`, which has to be judged first")
+    return {
+        ("plain ReFL", row["guidance"], row["uncond"], row["step"]): {
+            int(seed): means for seed, means in row["seeds"].items()
+        }
+        for row in sorted(rows, key=lambda row: row["step"])
+        if row["run"] != BASE
+    }
+
+
+def table(found: Found) -> str:
     """Means over seeds, and of each, as Markdown."""
     lines = [
         f"| run | guidance | empty prompt by | step | {' | '.join(MEASURES.values())} |",
@@ -166,11 +219,15 @@ def table(found: dict[tuple, dict[int, dict[str, float]]]) -> str:
             values = [seeds[seed][measure] for seed in sorted(seeds)]
             each = ", ".join(f"{value:.3f}" for value in values)
             cells.append(f"**{mean(values):.3f}**" + f" ({each})" * (len(values) > 1))
+        if step is None:
+            steps = [(own["step"], own["ended"]) for _, own in sorted(seeds.items())]
+            steps = [f"{own} of {ended}" if own != ended else f"{own}" for own, ended in steps]
+            step = ", ".join(steps if len(set(steps)) > 1 else steps[:1])
         lines.append(f"| {run} | {guidance:g} | {uncond} | {step} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def plot_bars(found: dict, path: Path) -> None:
+def plot_bars(found: Found, path: Path) -> None:
     """Fully right and reward of each run: the mean over seeds, and a dot for each."""
     is_swept = len({guidance for _, guidance, *_ in found}) > 1
     labels = [
@@ -191,26 +248,31 @@ def plot_bars(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_curves(found: dict, path: Path) -> None:
-    """Each measure against steps, a thin line for each seed, a thick one for their mean."""
-    runs = sorted({run for run, *_ in found if run != "base model"})
-    base = next(seeds[0] for (run, *_), seeds in found.items() if run == "base model")
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+def plot_curves(found: Found, path: Path) -> None:
+    """Each measure against steps: a thin line for each seed, a thick one for their mean; for runs of which
+    the result alone was judged, a mark for each seed."""
+    runs = list(dict.fromkeys(run for run, *_ in found if run != BASE))
+    base = next(seeds[0] for (run, *_), seeds in found.items() if run == BASE)
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
     for axis, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
         for number, name in enumerate(runs):
-            points = defaultdict(dict)  # seed -> step -> value
-            for (run, _, _, step), seeds in found.items():
-                for seed, means in seeds.items() if run == name else ():
-                    points[seed][step] = means[measure]
-            steps = sorted(set.intersection(*(set(own) for own in points.values())))
-            for own in points.values():
-                axis.plot([0, *sorted(own)], [base[measure], *(own[s] for s in sorted(own))], lw=0.8,
-                          alpha=0.4, color=f"C{number}")  # fmt: skip
-            means = [mean(own[step] for own in points.values()) for step in steps]
-            axis.plot([0, *steps], [base[measure], *means], "o-", ms=3, color=f"C{number}", label=name)
+            colour = f"C{number}"
+            own = {step: seeds for (run, _, _, step), seeds in found.items() if run == name}
+            if None in own:
+                at = [means["step"] for means in own[None].values()]
+                values = [means[measure] for means in own[None].values()]
+                axis.plot(at, values, "sD^"[number % 3], ms=7, mec="k", color=colour, label=name, zorder=3)
+                continue
+            steps = sorted(own)
+            for seed in own[steps[0]]:
+                values = [base[measure], *(own[step][seed][measure] for step in steps)]
+                axis.plot([0, *steps], values, lw=0.8, alpha=0.4, color=colour)
+            means = [base[measure], *(mean(m[measure] for m in own[step].values()) for step in steps)]
+            axis.plot([0, *steps], means, "o-", ms=3, color=colour, label=name)
         axis.set(title=MEASURES[measure], xlabel="optimizer steps")
         axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs),
+                  fontsize=9, frameon=False)  # fmt: skip
     figure.savefig(path, dpi=110)
 
 
@@ -218,6 +280,8 @@ def report(study: str, evaluations: dict[str, dict], folder: Path) -> None:
     """The study's JSON, table and plot."""
     found = gather(study, evaluations)
     folder.mkdir(exist_ok=True)
+    if study in ("guard", "regularisers"):
+        found = {key: seeds for key, seeds in found.items() if key[0] == BASE} | plain(folder) | found
     about = {
         "date": date.today().isoformat(),
         "machine": f"CPU, {os.cpu_count()} cores ({platform.machine()}), torch {version('torch')}",
@@ -236,7 +300,7 @@ def report(study: str, evaluations: dict[str, dict], folder: Path) -> None:
         f"{about['date']}, {about['machine']}: `{about['command']}`\n\n{number} held-out pictures each.\n\n"
     )
     write_whole(folder / f"{study}.md", head + table(found))
-    plot = plot_curves if len({key[3] for key in found}) > 4 else plot_bars
+    plot = plot_curves if len({key[3] for key in found}) > 3 else plot_bars
     plot(found, folder / f"{study}.png")
     print(table(found))
 
@@ -252,6 +316,8 @@ def main() -> None:
     # Tiny models: a second thread costs more than it brings. The oracle is found in demo/.
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "demo"}
     options = tyro.cli(Options, use_underscores=True)
+    if "regularisers" in options.studies and not options.judge_only:
+        write_pictures(Path(PICTURES))
     for study in options.studies:
         folder = Path(options.output_dir, study)
         runs = {
