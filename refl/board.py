@@ -20,14 +20,36 @@ from torch.utils.tensorboard.summary import hparams
 
 CAPTION_SIZE = 14  # pixels
 MAX_PICTURES = 32  # of a validation that are shown
+# TensorBoard's tab "custom scalars": what to look at first. Tags as regular expressions.
+LAYOUT = {
+    "Does it get better?": {
+        "reward, in training": ["Margin", ["reward/mean", "reward/min", "reward/max"]],
+        "reward, on validation prompts": ["Multiline", ["^validation/reward$"]],
+        "each reward, also those held out": ["Multiline", [r"^validation/(?!reward$|diversity$|saturated$)"]],
+        "diversity, saturated colours": ["Multiline", ["^validation/(diversity|saturated)$"]],
+    },
+    "Is it healthy?": {
+        "loss": ["Multiline", ["^loss$"]],
+        "gradient norm": ["Multiline", ["^gradient_norm$"]],
+        "saturated colours": ["Multiline", ["^pictures/saturated$"]],
+        "learning rate": ["Multiline", ["^learning_rate$"]],
+    },
+    "What does it cost?": {
+        "seconds": ["Multiline", ["^seconds/"]],
+        "pictures per second": ["Multiline", ["^pictures_per_second/total$"]],
+        "peak memory, GiB": ["Multiline", ["^memory/peak_gib$"]],
+    },
+}
 
 
 def write_options(writer: SummaryWriter, options: dict[str, str | int | float | bool | None]) -> None:
-    """Options into the run's own HParams tab (`SummaryWriter.add_hparams` would start a second run)."""
+    """Options into the run's own HParams tab (`SummaryWriter.add_hparams` would start a second run), and the
+    layout of its curves."""
     for summary in hparams(
         {key: str(value) if value is None else value for key, value in options.items()}, {}
     ):
         writer.file_writer.add_summary(summary)
+    writer.add_custom_scalars(LAYOUT)
 
 
 def write_scalars(writer: SummaryWriter, scalars: dict[str, float], step: int) -> None:

@@ -10,6 +10,7 @@ import inference
 import inference_lora
 import refl_lora
 from refl import diffusion
+from refl.board import LAYOUT
 from refl.errors import UserError
 
 import numpy as np
@@ -128,6 +129,10 @@ def test_tensorboard_holds_everything(trained):
     )  # 2 processes x 2 pictures x 2 micro-steps
     assert all(np.isfinite(point.value) for tag in scalars for point in board.Scalars(tag))
     assert "_hparams_/session_start_info" in board.summary_metadata
+    assert "custom_scalars__config__" in board.summary_metadata
+    for charts in LAYOUT.values():
+        for title, (_, patterns) in charts.items():
+            assert all(any(re.match(pattern, tag) for tag in scalars) for pattern in patterns), title
 
 
 def test_validation_is_shared_out_in_order(trained):

@@ -78,8 +78,8 @@ STUDIES = {
     },
     "steps": {"learning rate 2e-3": LONG},
     "guard": {
-        "held-out reward": f"{LONG} --early_stop",
-        "no held-out reward": f"{LONG} --early_stop --held_out_reward None",
+        "held-out reward": f"{LONG} --max_train_steps 600 --early_stop",
+        "no held-out reward": f"{LONG} --max_train_steps 600 --early_stop --held_out_reward None",
     },
     "regularisers": {  # not watched, and judged half as often
         name: f"""{LONG} --max_train_steps 600 --checkpointing_steps 200 --validation_steps 0
