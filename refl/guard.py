@@ -62,10 +62,10 @@ class Guard:
                 f"the held-out reward fell from {np.mean(best.held_out):+.3f} (step {best.step}) to "
                 f"{np.mean(seen.held_out):+.3f}"
             )
-        if seen.diversity is not None and is_lower(seen.diversity, MIN_DIVERSITY * np.array(base.diversity)):
-            complaints.append(
-                f"diversity fell to {np.mean(seen.diversity) / np.mean(base.diversity):.0%} of what it was"
-            )
+        if seen.diversity is not None and is_lower(seen.diversity, base.diversity):
+            left = np.mean(seen.diversity) / np.mean(base.diversity)
+            if left < MIN_DIVERSITY:
+                complaints.append(f"diversity fell to {left:.0%} of what it was")
         if is_lower(np.array(base.saturated) + MAX_SATURATED, seen.saturated):
             complaints.append(
                 f"saturated colours rose from {np.mean(base.saturated):.0%} to {np.mean(seen.saturated):.0%}"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import refl_lora
 from refl import checkpoints, diffusion, pictures, rewards
@@ -53,6 +54,16 @@ def test_it_stops_when_the_reward_rises_and_something_else_gets_worse(last, reas
     assert is_best == (reason is None and np.mean(last.held_out) > np.mean(guard.base.held_out) + 0.5)
     assert guard.best.step == (30 if is_best else 20)
     assert guard.reason is None if reason is None else re.search(reason, guard.reason)
+
+
+def test_prompts_that_differ_widely_in_diversity_do_not_hide_its_loss():
+    guard, rng = Guard(), np.random.default_rng(0)
+    guard.look(replace(seen(0, 0), diversity=list(rng.exponential(0.15, 32))))
+    for step, share, is_seen in ((10, 0.5, False), (20, 0.15, True)):
+        last = replace(seen(step, step / 10, 1.0), diversity=list(rng.exponential(0.15 * share, 32)))
+        guard.look(last)
+        assert bool(guard.reason) == is_seen, guard.reason
+    assert re.search(r"diversity fell to \d+%", guard.reason)
 
 
 def test_chance_seldom_stops_it():
