@@ -61,10 +61,13 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
     """GiB of weights on the GPU, and of all else, in each part of a step: "rollout", "decoder and reward",
     "gradient". The parts follow each other.
 
-    `options` are those of refl_lora.py. Of rewards only ImageReward is counted. Raises `UserError`.
+    `options` are those of refl_lora.py. Of rewards only ImageReward is counted, trained on or held out.
+    Raises `UserError`.
     """
     folder = options.pretrained_model_name_or_path
-    reward_path = options.reward_path if "imagereward" in rewards.parse(options.reward) else None
+    is_trained_on = "imagereward" in rewards.parse(options.reward)
+    is_held_out = "imagereward" in rewards.parse_held_out(options.held_out_reward)
+    reward_path = options.reward_path if is_trained_on or is_held_out else None
     with without_content(folder, reward_path, options.rank, dtype) as (unet, vae, reward):
         for model in (unet, vae):
             make_lean(model)
@@ -90,7 +93,7 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
             size = options.decode_batch_size
             x0 = torch.empty(size, unet.config.in_channels, side, side, requires_grad=True)
             pictures = diffusion.decode(vae, x0).clamp(0, 1)
-            torch.autograd.grad(score(reward, pictures) if reward else pictures.mean(), x0)
+            torch.autograd.grad(score(reward, pictures) if is_trained_on else pictures.mean(), x0)
 
         def gradient() -> None:
             eps = predict_noise(options.train_batch_size, "gradient")

@@ -71,13 +71,18 @@ def test_the_count_is_what_a_step_takes(options, tiny, changes, resolution):
     assert {weights for weights, _ in counted.values()} == {(trained + frozen) / 2**30}
 
 
-def test_what_needs_less_is_counted_as_less(options):
+def test_what_needs_less_is_counted_as_less(options, tmp_path, monkeypatch):
     def needed(dtype=torch.float32, **changes):
         return memory.needed(SimpleNamespace(**(vars(options) | changes)), dtype, 256)
 
     full = needed()
     assert needed(low_memory=True) < needed(gradient_checkpointing=True) < full
     assert needed(torch.bfloat16) < full < needed(guidance_scale=3.0)
+    source = "def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n"
+    (tmp_path / "needs_no_memory.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = needed(reward="needs_no_memory:red")
+    assert own < needed(reward="needs_no_memory:red", held_out_reward="imagereward") <= full
 
 
 @pytest.fixture
