@@ -61,8 +61,8 @@ class LoraOptions:
     lora_scale: float = 1.0
     """How much of the LoRA to apply; 0 is the model as it is."""
     lora_in_uncond: bool = True
-    """Whether guidance takes the prediction for the empty prompt with the LoRA as well, as diffusers does. In
-    the demo world pictures were worse without, however the LoRA was trained."""
+    """Whether guidance takes the prediction for the empty prompt with the LoRA as well, as diffusers does.
+    In the demo world pictures were worse without, however the LoRA was trained."""
     as_trained: bool = False
     """Draw with the guidance, sampler, steps and resolution that the LoRA was trained with."""
 

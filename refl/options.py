@@ -20,15 +20,15 @@ class Options:
     options_file: str | None = None
     """Take defaults from a run's options.json; options on the command line win."""
     check: bool = False
-    """Check everything that can be checked without loading weights, then stop. Exit code 2 if something is
-    wrong."""
+    """Check everything that can be checked without loading weights, then stop.
+    Exit code 2 if something is wrong."""
 
     # What is trained, by what, on what
     pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
     """Folder of the text-to-image model, in diffusers' layout."""
     reward: str = "imagereward"
-    """What to maximise: imagereward; a function of your own as module:function; or a weighted sum, such as
-    imagereward:1.0,my_rewards:redness:0.5."""
+    """What to maximise: imagereward, a function of your own as module:function, or a weighted sum.
+    Such a sum is imagereward:1.0,my_rewards:redness:0.5."""
     reward_path: str = "checkpoint"
     """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
     prompts: str = "data/train_prompts.txt"
@@ -78,11 +78,11 @@ class Options:
 
     # ReFL
     grad_scale: float = 0.01
-    """Factor on the loss. AdamW nearly cancels it: it matters against --max_grad_norm and --adam_epsilon
-    only."""
+    """Factor on the loss. AdamW nearly cancels it.
+    It matters against --max_grad_norm and --adam_epsilon only."""
     reward_target: float | None = 2.0
-    """Pictures whose reward, the weighted sum of all, is above this get no gradient; None: maximise the plain
-    reward."""
+    """Pictures whose reward, the weighted sum of all, is above this get no gradient.
+    None: maximise the plain reward."""
     num_inference_steps: int = 40
     """DDPM steps from noise to picture."""
     min_stop: int = 30
@@ -92,31 +92,30 @@ class Options:
     guidance_scale: float = 1.0
     """Classifier-free guidance while training; 1 is none, as published. Above 1 the UNet runs twice."""
     guidance_in: Literal["both", "rollout", "gradient"] = "both"
-    """Where guidance is used: without gradient, at the step that gets the gradient, or both. Validation
-    always draws with it."""
+    """Where guidance is used: without gradient, at the step that gets the gradient, or both.
+    Validation always draws with it."""
     lora_in_uncond: bool = True
-    """Whether the LoRA acts on the prediction for the empty prompt as well, which is what programs that draw
-    do."""
+    """Whether the LoRA acts on the prediction for the empty prompt as well, as in programs that draw."""
     normalize_by_stop: bool = False
-    """Divide each gradient by |dx0/deps| of its stop index, which falls 8-fold from step 30 to 39, so that
-    early and late stops count alike."""
+    """Divide each gradient by |dx0/deps| of its stop index, so that early and late stops count alike.
+    It falls 8-fold from step 30 to 39."""
 
     # Against over-optimising the reward
     noise_distance_weight: float = 0.0
-    """Adds this times the mean squared difference between the noise predicted with and without the LoRA to
-    the loss; needs no data. Some 1 to 30 times --grad_scale."""
+    """Weight, in the loss, of the mean squared difference between noise predicted with and without LoRA.
+    Needs no data. Some 1 to 30 times --grad_scale."""
     lora_shrinkage: float = 0.0
     """After each optimizer step what the LoRA adds to the model is multiplied by 1 - this, such as 0.01."""
     pretrain_data: str | None = None
-    """Folder of pictures with captions (metadata.jsonl with file_name and text, or a .txt beside each): adds
-    the model's own training loss on them, as published."""
+    """Folder of captioned pictures: adds the model's own training loss on them, as published.
+    Captions: metadata.jsonl with file_name and text, or a .txt beside each."""
     pretrain_weight: float = 1.0
     """Factor on that loss; the paper has 1 with --grad_scale 0.001."""
     held_out_reward: str | None = None
     """Rewards that are watched at validation and not trained on, as in --reward."""
     early_stop: bool = False
-    """Stop when the reward still rises while held-out rewards, diversity or saturation get worse beyond
-    noise, and keep the best LoRA so far, in best/ and as the result."""
+    """Stop when the reward rises while held-out rewards, diversity or saturation get worse beyond noise.
+    The best LoRA so far is kept, in best/ and as the result."""
 
     # Precision, speed, memory
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -126,8 +125,8 @@ class Options:
     decode_batch_size: int = 1
     """Pictures decoded and scored at once; must divide --train_batch_size. Higher: more memory."""
     low_memory: bool = False
-    """For small GPUs (8 GB do at 512 pixels in any precision): recompute activations, decode picture by
-    picture, and keep each frozen model on the GPU only while it is used. Some time more."""
+    """For small GPUs (8 GB do at 512 pixels in any precision); some time more.
+    Recomputes activations, decodes one by one, has each frozen model on the GPU only while it is used."""
     rollout_batch_size: int = 8
     """Pictures rolled out at once, from as many micro-steps as it takes; more fill a large GPU better."""
     allow_tf32: bool = False
@@ -141,8 +140,8 @@ class Options:
     checkpoints_total_limit: int = 3
     """Checkpoints kept; older ones go once a new one is whole."""
     resume_from_checkpoint: str = "latest"
-    """"latest": go on from the newest whole checkpoint in --output_dir, if there is one; "none": start anew
-    and replace what is there; or the folder of a checkpoint."""
+    """"latest": go on from the newest whole checkpoint in --output_dir, if there is one.
+    "none": start anew and replace what is there. Or the folder of a checkpoint."""
     allow_changed_options: bool = False
     """Go on although options that the result depends on are not those of the checkpoint."""
     max_nonfinite_steps: int = 10
