@@ -27,7 +27,6 @@ Departures from the published code, each for a reason:
 Start it with train_refl_lora.sh. `refl_lora.py --help` explains every option.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -46,7 +45,7 @@ from refl.errors import UserError, is_first_process, run_as_command
 from refl.files import write_whole
 from refl.guard import Guard, Seen
 from refl.lean import lora_cast_once, lora_off, make_lean
-from refl.options import Options, read_options, what_decides
+from refl.options import Options, read_options, to_save, what_decides
 from refl.pictures import read_captioned, read_square
 from refl.prompts import prompt_index, read_prompts
 from refl.rewards import WeightedRewards
@@ -61,6 +60,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 BEST = "best"  # folder of the best LoRA so far, inside --output_dir
+BEST_LORA = "best_lora_weights.safetensors"  # the same in a checkpoint, which goes on from it
 ENOUGH_PICTURES = 64  # for --early_stop to tell a change from chance
 
 # ---------------------------------------------------------------------------------------------- one ReFL step
@@ -471,9 +471,7 @@ def main() -> None:
         options, accelerator.mixed_precision, world, prompts, validation_prompts, captioned
     )
     progress, checkpoint = resume(options, accelerator, decides)
-    saved_options = {
-        name: value for name, value in dataclasses.asdict(options).items() if name != "options_file"
-    }
+    saved_options = to_save(options)
 
     def lora_files(content: bytes, folder: Path) -> dict[Path, bytes]:
         files = {folder / diffusion.LORA_FILE: content}
@@ -491,22 +489,23 @@ def main() -> None:
                 f"{output} cannot be written: {error}. Make room and give the same command again."
             ) from error
 
-    def finish(last: bytes, is_repeated: bool = False) -> None:
-        """Put the run's result in its place, with a model card, if it is not there yet: the best LoRA where
-        there is a guard, else the last."""
-        best = output / BEST / diffusion.LORA_FILE
-        files = lora_files(best.read_bytes() if options.early_stop and best.exists() else last, output)
+    def finish(result: bytes, is_repeated: bool = False) -> None:
+        """Put the run's result in its place, with a model card, if it is not there yet."""
+        files = lora_files(result, output)
         is_there = all(file.exists() and file.read_bytes() == own for file, own in files.items())
         if is_repeated and is_there and (output / card.FILE).exists():
             return
         save(files | {output / "options.json": json.dumps(saved_options, indent=2) + "\n"})
+        if not options.also_kohya:  # an earlier LoRA's
+            (output / diffusion.KOHYA_FILE).unlink(missing_ok=True)
         card.write_if_possible(output)
 
     guard = Guard.from_state(progress.guard if options.early_stop else {})
     progress.guard = guard.state()
+    best_lora = checkpoint.get(BEST_LORA) if checkpoint and options.early_stop else None
     if checkpoint and (progress.step >= options.max_train_steps or guard.reason):
         if accelerator.is_main_process:  # it may have been ended between its last checkpoint and its LoRA
-            finish(checkpoint[diffusion.LORA_FILE], is_repeated=True)
+            finish(best_lora or checkpoint[diffusion.LORA_FILE], is_repeated=True)
             stopped = f", where {guard.reason}" if guard.reason else ""
             print(f"finished before: {progress.step} steps{stopped}; LoRA in {output / diffusion.LORA_FILE}")
         return
@@ -514,7 +513,8 @@ def main() -> None:
         accelerator.print(f"going on after step {progress.step}")
 
     number = len(validation_prompts)
-    if options.early_stop and (number < ENOUGH_PICTURES or options.validation_images_per_prompt == 1):
+    is_unsure = number < ENOUGH_PICTURES or options.validation_images_per_prompt == 1
+    if options.early_stop and is_unsure and not checkpoint:
         accelerator.print(
             f"note: --early_stop compares {number} pictures, and diversity from 2 of a prompt on; surer: "
             f"--num_validation_images {ENOUGH_PICTURES // 2} --validation_images_per_prompt 2"
@@ -676,7 +676,7 @@ def main() -> None:
             diffusion.LORA_FILE: diffusion.pack_lora(parts.unet, lora_metadata()),
             "optimizer.safetensors": checkpoints.pack_optimizer(optimizer),
             checkpoints.STATE: checkpoints.pack_state(progress, decides, saved_options),
-        }
+        } | ({BEST_LORA: best_lora} if best_lora else {})
         try:
             checkpoints.write(output, progress.step, files)
         except OSError as error:
@@ -696,25 +696,34 @@ def main() -> None:
         every = options.validation_steps
         return every > 0 and (step % every == 0 or step == options.max_train_steps)
 
+    def by_prompt(values: Tensor) -> list[float]:
+        """Means over the pictures of each validation prompt."""
+        return values.unflatten(0, (-1, options.validation_images_per_prompt)).mean(1).tolist()
+
+    def show_best() -> None:
+        """Write the best LoRA so far where people find it."""
+        try:
+            save(lora_files(best_lora, output / BEST))
+        except UserError as error:
+            tqdm.write(f"WARNING: {error} The next checkpoint will hold it.", file=sys.stderr)
+
     def show_validation(step: int) -> None:
+        nonlocal best_lora
         found = validate(
             models, validation_prompts, options.validation_images_per_prompt, embeds, noise_shape,
             options.seed, batch, accelerator,
         )  # fmt: skip
         total = models.rewards.total(found.scores)  # (N,)
         if options.early_stop:
+            held_out = models.held_out and by_prompt(models.held_out.total(found.held_out))
+            diversity = None if found.diversity is None else found.diversity.tolist()
             is_best = guard.look(
-                Seen(
-                    step,
-                    total.tolist(),
-                    found.saturated.tolist(),
-                    models.held_out and models.held_out.total(found.held_out).tolist(),
-                    None if found.diversity is None else found.diversity.tolist(),
-                )
+                Seen(step, by_prompt(total), by_prompt(found.saturated), held_out, diversity)
             )
             progress.guard = guard.state()
             if is_best and accelerator.is_main_process:
-                save(lora_files(diffusion.pack_lora(parts.unet, lora_metadata()), output / BEST))
+                best_lora = diffusion.pack_lora(parts.unet, lora_metadata())
+                show_best()
         if writer:
             captions = [f"{own:+.2f}  {p}" for own, p in zip(total, validation_prompts, strict=True)]
             shown = slice(board.MAX_PICTURES)
@@ -805,6 +814,8 @@ def main() -> None:
     signals = StopSignals(immediate=world == 1)
     ending = None  # a Stopped or a UserError if the run ends before its last step
     try:
+        if best_lora and accelerator.is_main_process:
+            show_best()
         if is_validated(0) and not checkpoint:
             show_validation(0)
         for step, batches in zip(bar, one_ahead(micro_batches, remaining), strict=True):
@@ -874,7 +885,7 @@ def main() -> None:
                 break
             if is_told:
                 raise Stopped(signals.received or signal.SIGTERM)
-    except Stopped as stopped:
+    except (Stopped, UserError) as stopped:
         ending = stopped
     except RuntimeError as error:  # what a collective raises when another process has ended
         if not isinstance(error, torch.distributed.DistBackendError) and "gloo/transport" not in str(error):
@@ -903,7 +914,7 @@ def main() -> None:
     if ending:
         raise ending
     if accelerator.is_main_process:
-        finish(diffusion.pack_lora(parts.unet, lora_metadata()))
+        finish(best_lora or diffusion.pack_lora(parts.unet, lora_metadata()))
         seconds, done = time.perf_counter() - started, progress.step - remaining.start
         best = guard.best.step if options.early_stop else progress.step
         which = "" if best == progress.step else f" is that of step {best}, the best,"

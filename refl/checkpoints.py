@@ -23,6 +23,11 @@ from torch import Tensor
 
 CHECKSUMS, STATE = "checksums.json", "state.json"
 SHAPES = ("rank", "use_8bit_adam")  # options without which a checkpoint's tensors do not fit
+# With --early_stop: without the same, validations could not be compared.
+WATCHED = (
+    "early_stop", "held_out_reward", "validation_prompts", "num_validation_images",
+    "validation_images_per_prompt",
+)  # fmt: skip
 
 
 class Damaged(UserError):
@@ -138,7 +143,7 @@ def resume(
     """How far the run in `folder` is, and its checkpoint's files; a new run and None where there is none.
 
     `where` is "latest", "none", or a checkpoint's folder. Raises `UserError` if what the LoRA depends on is
-    not what it was, unless that is allowed.
+    not what it was, unless that is allowed; without some of it, it cannot be.
     """
     files = None
     if where != "none":
@@ -156,10 +161,11 @@ def resume(
         for name in names
         if before.get(name) != decides.get(name)
     }
-    is_other_lora = not changed.keys().isdisjoint(SHAPES)
-    if changed and (is_other_lora or not allow_changed):
+    needed = SHAPES + (WATCHED if decides.get("early_stop") else ())
+    is_possible = changed.keys().isdisjoint(needed)
+    if changed and not (is_possible and allow_changed):
         ways = ["Take another --output_dir", "replace that run with --resume_from_checkpoint none"]
-        if not is_other_lora:
+        if is_possible:
             ways.append("go on all the same with --allow_changed_options")
         raise UserError(
             f"{folder} holds a run of {progress.step} steps with other options:\n"

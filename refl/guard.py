@@ -3,8 +3,8 @@
 A reward model is a proxy. Optimised for too long it is satisfied by pictures that nobody wants, and its own
 value does not tell. Three things do, on prompts that are not trained on: rewards that are not trained on,
 pictures of a prompt that become all alike, and colours driven to their limits. Each validation draws from the
-same noise, so two of them are compared picture by picture, and "worse" means worse beyond what the spread of
-these differences explains by chance.
+same noise, so two of them are compared prompt by prompt, and "worse" means worse beyond what the spread of
+these differences explains by chance, in two validations in a row.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,20 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-MIN_Z = 2.33  # a one-sided test that is wrong once in a hundred times
+Z = 2.326  # of a one-sided test that is wrong once in a hundred times
+IN_A_ROW = 2  # validations; one alone is too often worse by chance, the best so far being the luckiest
 MIN_DIVERSITY = 0.25  # of the base model's; much is lost rightly, since right pictures are more alike
 MAX_SATURATED = 0.05  # share of colour values, beyond the base model's
 
 
 @dataclass
 class Seen:
-    """What one validation found."""
+    """What one validation found: means over the pictures of each prompt."""
 
     step: int
-    rewards: list[float]  # of each picture, trained
-    saturated: list[float]  # of each picture
-    held_out: list[float] | None = None  # of each picture, not trained
+    rewards: list[float]  # of each prompt, trained on
+    saturated: list[float]  # of each prompt
+    held_out: list[float] | None = None  # of each prompt, not trained on
     diversity: list[float] | None = None  # of each prompt
 
     @property
@@ -39,15 +40,20 @@ class Guard:
 
     base: Seen | None = None
     best: Seen | None = None
+    worse: int = 0  # validations in a row that found the reward risen and something else worse
     reason: str | None = None  # to stop, once there is one
 
     def look(self, seen: Seen) -> bool:
         """Whether this validation is the best so far; sets `reason` when it is time to stop."""
+        if not np.isfinite([seen.quality, np.mean(seen.rewards), np.mean(seen.saturated)]).all():
+            return False
         if self.base is None:
             self.base = self.best = seen
             return True
         complaints = self._complaints(seen)
-        if complaints and np.mean(seen.rewards) > np.mean(self.best.rewards):
+        is_hacked = complaints and np.mean(seen.rewards) > np.mean(self.best.rewards)
+        self.worse = self.worse + 1 if is_hacked else 0
+        if self.worse >= IN_A_ROW:
             self.reason = "the reward still rises, but " + " and ".join(complaints)
         if complaints or seen.quality <= self.best.quality:
             return False
@@ -80,14 +86,25 @@ class Guard:
     def from_state(cls, state: dict) -> "Guard":
         """What `state` gave."""
         seen = {name: state.get(name) and Seen(**state[name]) for name in ("base", "best")}
-        return cls(**seen, reason=state.get("reason"))
+        return cls(**seen, worse=state.get("worse", 0), reason=state.get("reason"))
 
 
 def is_lower(values: Sequence[float], reference: Sequence[float]) -> bool:
-    """Whether `values` are lower in the mean than `reference`, pair by pair, beyond chance: a paired,
+    """Whether `values` are lower in the mean than `reference`, pair by pair, beyond chance: Student's paired,
     one-sided test."""
     difference = np.asarray(values, float) - np.asarray(reference, float)
     if len(difference) < 2:
         return False
     error = difference.std(ddof=1) / len(difference) ** 0.5
-    return bool(difference.mean() < -MIN_Z * error) and difference.mean() < -1e-6
+    return bool(difference.mean() < -t_quantile(len(difference) - 1) * error) and difference.mean() < -1e-6
+
+
+def t_quantile(freedom: int) -> float:
+    """That of Student's t where the normal's is `Z` (Abramowitz and Stegun 1964, 26.7.5; 2 % too low at 3
+    degrees of freedom, exact to three digits from 10 on)."""
+    terms = (
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+    )
+    return Z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))

@@ -174,7 +174,7 @@ def saved_arguments(options_file: str) -> list[str]:
     """A run's options.json as arguments of a command."""
     try:
         saved = json.loads(Path(options_file).read_text())
-        return [_as_argument(name, value) for name, value in saved.items()]
+        return [_as_argument(name, value) for name, value in saved.items() if name not in OF_A_COMMAND]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--options_file {options_file} cannot be read ({error}).") from error
 
@@ -183,12 +183,19 @@ def _as_argument(name: str, value: str | int | float | bool | None) -> str:
     return f"--{name if value else 'no_' + name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
+# How one command was started, not what a run is.
+OF_A_COMMAND = ("options_file", "check", "resume_from_checkpoint", "allow_changed_options")
 # Options that the LoRA does not depend on, or only to rounding.
 HARMLESS = """options_file check output_dir also_kohya prompts train_batch_size decode_batch_size
     rollout_batch_size gradient_checkpointing low_memory checkpointing_steps checkpoints_total_limit
     resume_from_checkpoint allow_changed_options max_nonfinite_steps logging_dir report_to""".split()
 WATCHING = """held_out_reward validation_prompts validation_steps num_validation_images
     validation_images_per_prompt""".split()  # what --early_stop decides by
+
+
+def to_save(options: Options) -> dict[str, Any]:
+    """What options.json has."""
+    return {name: value for name, value in dataclasses.asdict(options).items() if name not in OF_A_COMMAND}
 
 
 def what_decides(

@@ -1,13 +1,15 @@
 """Against over-optimising the reward: when the guard stops, the best LoRA, regularisers, pretraining."""
 
 import json
+import math
 import re
+import shutil
 from dataclasses import replace
 
 import refl_lora
 from refl import checkpoints, diffusion, pictures, rewards
 from refl.errors import UserError
-from refl.guard import Guard, Seen, is_lower
+from refl.guard import Guard, Seen, is_lower, t_quantile
 
 import numpy as np
 import pytest
@@ -53,13 +55,39 @@ def test_it_stops_when_the_reward_rises_and_something_else_gets_worse(last, reas
     is_best = guard.look(last)
     assert is_best == (reason is None and np.mean(last.held_out) > np.mean(guard.base.held_out) + 0.5)
     assert guard.best.step == (30 if is_best else 20)
+    assert guard.reason is None  # once may be chance
+    guard.look(replace(last, step=40))
     assert guard.reason is None if reason is None else re.search(reason, guard.reason)
+
+
+def test_what_gets_better_again_was_chance():
+    guard = Guard()
+    for validation in (seen(0, 0), seen(10, 0.3, -0.5), seen(20, 0.5, 0.5), seen(30, 0.8, -0.5)):
+        guard.look(validation)
+        assert guard.reason is None
+    guard.look(seen(40, 0.8, -0.5))
+    assert guard.reason and guard.best.step == 20
+
+
+def test_what_is_not_finite_is_not_looked_at():
+    guard = Guard()
+    assert not guard.look(seen(0, math.nan)) and guard.base is None
+    guard.look(seen(10, 0))
+    assert not guard.look(seen(20, 1, math.nan)) and not guard.look(seen(30, math.inf, 1))
+    assert guard.best.step == 10 and guard.reason is None
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(5, 3.365), (10, 2.764), (31, 2.453), (10**6, 2.326)]
+)  # tables
+def test_students_t(freedom, quantile):
+    assert t_quantile(freedom) == pytest.approx(quantile, rel=4e-3)
 
 
 def test_prompts_that_differ_widely_in_diversity_do_not_hide_its_loss():
     guard, rng = Guard(), np.random.default_rng(0)
     guard.look(replace(seen(0, 0), diversity=list(rng.exponential(0.15, 32))))
-    for step, share, is_seen in ((10, 0.5, False), (20, 0.15, True)):
+    for step, share, is_seen in ((10, 0.5, False), (20, 0.15, False), (30, 0.15, True)):
         last = replace(seen(step, step / 10, 1.0), diversity=list(rng.exponential(0.15 * share, 32)))
         guard.look(last)
         assert bool(guard.reason) == is_seen, guard.reason
@@ -83,6 +111,8 @@ def test_its_state_goes_through_json():
     guard = Guard()
     for validation in (seen(0, 0), seen(10, 0.3, 0.3), seen(20, 0.8, -0.5)):
         guard.look(validation)
+    assert guard.worse == 1
+    guard.look(seen(30, 0.9, -0.5))
     assert guard.reason
     assert Guard.from_state(json.loads(json.dumps(guard.state()))) == guard
     assert Guard.from_state({}) == Guard()
@@ -152,6 +182,7 @@ def test_a_resumed_guard_is_the_one_that_was_not_stopped(hacked, tmp_path, monke
         raise KeyboardInterrupt
 
     for _ in range(stopped):
+        shutil.rmtree(tmp_path / "again" / "best", ignore_errors=True)  # it is in the checkpoint
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(checkpoints, "write", write_and_die)
             run_in_process(refl_lora, patch, *again)
@@ -163,6 +194,32 @@ def test_a_resumed_guard_is_the_one_that_was_not_stopped(hacked, tmp_path, monke
     ).read_bytes()
     with pytest.raises(UserError, match="validation_steps"):
         run_in_process(refl_lora, monkeypatch, *again, "--validation_steps", 1)
+    # What validations are compared by cannot change at all.
+    with pytest.raises(UserError, match="num_validation_images: 4 -> 2") as caught:
+        run_in_process(refl_lora, monkeypatch, *again, "--num_validation_images=2", "--allow_changed_options")
+    assert "--allow_changed_options" not in str(caught.value)
+
+
+def test_a_broken_held_out_reward_costs_no_steps(hacked, tmp_path, monkeypatch):
+    source = "def broken(images, prompts): return images[:, 0].mean((1, 2)).detach() * float('nan')\n"
+    (tmp_path / "broken_reward.py").write_text(source)
+    options = [*hacked, "--held_out_reward", "broken_reward:broken", "--checkpointing_steps=0"]
+    validate = refl_lora.validate
+    calls = []
+
+    def validate_later(*arguments):
+        calls.append(1)
+        if len(calls) == 1:  # before the first step it would be noticed at once
+            arguments[0].held_out, held_out = arguments[0].rewards, arguments[0].held_out
+            found = validate(*arguments)
+            arguments[0].held_out = held_out
+            return found
+        return validate(*arguments)
+
+    monkeypatch.setattr(refl_lora, "validate", validate_later)
+    with pytest.raises(UserError, match="broken"):
+        run_in_process(refl_lora, monkeypatch, *options)
+    assert checkpoints.steps(tmp_path / "out") == [2]
 
 
 def test_validation_shows_diversity_and_shrinkage_shrinks(training_options, tmp_path, monkeypatch):
