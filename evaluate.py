@@ -30,7 +30,7 @@ from pathlib import Path
 
 from refl import board, card, devices, diffusion, doctor, drawing, intervals, report, rewards
 from refl.errors import UserError, is_first_process, run_as_command
-from refl.files import write_whole
+from refl.files import fingerprint, write_whole
 from refl.prompts import read_prompts
 
 import numpy as np
@@ -175,7 +175,7 @@ def main() -> None:
         of_prompts[DIVERSITY] = np.concatenate(diversity).reshape(shape[:2])
 
     # ---- statistics
-    bases = [find_base(case, cases) for case in cases]
+    bases, shown = [find_base(case, cases) for case in cases], find_shown(cases, options)
     evaluation = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
@@ -186,11 +186,11 @@ def main() -> None:
         "num_images_per_prompt": options.num_images_per_prompt,
         "reward": options.reward,
         "measures": list(of_prompts),
+        "shown": shown,
         "cases": compare(cases, bases, values, of_prompts, names, options.tie_margin),
     }
 
     # ---- reports
-    shown = find_shown(cases, options)
     with writing(output):
         write_whole(output / "pictures.csv", table_of_pictures(pictures, prompts, values))
         write_whole(output / "prompts.csv", table_of_prompts(cases, bases, prompts, of_prompts))
@@ -217,13 +217,14 @@ def main() -> None:
 
 
 def check(options: Options) -> list[str]:
-    """The prompts; raises `UserError` for options that cannot be. Loads nothing."""
+    """The prompts, once each; raises `UserError` for options that cannot be. Loads nothing."""
     drawing.check_pictures(options)
     if options.num_prompts is not None and options.num_prompts < 1:
         raise UserError(f"--num_prompts {options.num_prompts}: must be 1 or more, or None for all.")
     if not options.tie_margin >= 0:
         raise UserError(f"--tie_margin {options.tie_margin}: must be 0 or more.")
-    return read_prompts(options.prompts)[: options.num_prompts]
+    # Twice the same prompt would tell twice the same: intervals would be too narrow.
+    return list(dict.fromkeys(read_prompts(options.prompts)))[: options.num_prompts]
 
 
 def find_loras(paths: Sequence[str]) -> list[Lora]:
@@ -301,8 +302,16 @@ def check_settings(options: Options, prompts: list[str], device: torch.device) -
 
     Prompts may be more or fewer than they were.
     """
+    model = Path(options.pretrained_model_name_or_path)
+    weights = [
+        file
+        for part in ("scheduler", "text_encoder", "unet", "vae")
+        for file in sorted((model / part).iterdir())
+        if file.is_file()
+    ]
     settings = {
         "pretrained_model_name_or_path": options.pretrained_model_name_or_path,
+        "the model's files": fingerprint(weights),
         "sampler": options.sampler,
         "num_inference_steps": options.num_inference_steps,
         "resolution": doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution),
@@ -374,6 +383,11 @@ def put_in(pipeline: StableDiffusionPipeline, lora: Lora | None, scale: float, o
     """Let a LoRA, or none, take the place of the one in the pipeline."""
     diffusion.unload_lora(pipeline)
     if lora:
+        if sha256(diffusion.lora_file(lora.path).read_bytes()).hexdigest() != lora.digest:
+            raise UserError(
+                f"{lora.path} has been changed since this began, by a training that goes on? Evaluate one of "
+                "its checkpoints, or wait for its end."
+            )
         diffusion.load_lora(pipeline, lora.path, scale, options.lora_in_uncond)
 
 
@@ -405,7 +419,8 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def load_scorers(options: Options, prompts: Sequence[str]) -> rewards.WeightedRewards:
-    """All rewards, those held out with weight 0, tried on a grey picture: better now than after drawing."""
+    """All rewards, those held out with weight 0, tried on a picture of noise: better now than after
+    drawing."""
     device = devices.find(options.device)
     found = rewards.load(options.reward, options.reward_path, device, torch.float32)
     if options.held_out_reward:
@@ -417,7 +432,8 @@ def load_scorers(options: Options, prompts: Sequence[str]) -> rewards.WeightedRe
         )
     side = doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
     with torch.no_grad():
-        found(torch.full((1, 3, side, side), 0.5, device=device), [prompts[0]])
+        noise = torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(0))
+        found(noise.to(device), [prompts[0]])
     return found
 
 
@@ -490,6 +506,7 @@ def compare(
         compared.append({
             "name": case.name,
             "lora_path": case.lora and case.lora.path,
+            "lora_sha256": case.lora and case.lora.digest,
             "lora_scale": case.lora_scale,
             "guidance_scale": case.guidance_scale,
             "step": case.lora and case.lora.step,

@@ -24,6 +24,7 @@ fi
 # Options of the launcher are taken out; everything else is for refl_lora.py.
 main_process_port=0 main_process_ip='' num_machines=1 machine_rank=0
 options=(--learning_rate=1e-04 --grad_scale 0.01)
+if [[ " $* " == *" --options_file"* || " $* " == *" --options-file"* ]]; then options=(); fi  # the file has them
 while (($#)); do
   name=${1%%=*}
   name=${name#--} name=${name//-/_}

@@ -62,18 +62,22 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
     facts, files = _training(folder)
     kept, has_picture = _read_json(folder / EVALUATION), (folder / BEFORE_AFTER).is_file()
     if evaluation:
-        kept = _read_json(Path(evaluation) / EVALUATION) | {"lora_sha256": digest}
+        kept = _read_json(Path(evaluation) / EVALUATION)
         grid = Path(evaluation) / "grid.png"
         files[EVALUATION] = json.dumps(kept, indent=2) + "\n"
         if has_picture := grid.is_file():
             files[BEFORE_AFTER] = grid.read_bytes()
-    facts |= {"evaluation": kept, "is_current": kept.get("lora_sha256") == digest, "has_picture": has_picture}
+    facts |= {"evaluation": kept, "has_picture": has_picture}
     try:
-        card = _render(facts | {"cases": _cases(kept, folder)})
+        cases = _cases(kept, digest)
+        if evaluation and not cases:
+            raise LookupError("no LoRA in it")
+        is_current = bool(cases) and cases[0][0]["lora_sha256"] == digest
+        card = _render(facts | {"cases": cases, "is_current": is_current})
     except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         if evaluation:
             raise UserError(f"--evaluation {evaluation}: no {EVALUATION} there that can be read.") from error
-        card = _render(facts | {"cases": []})
+        card = _render(facts | {"cases": [], "is_current": False})
     try:
         for name, content in (files | {FILE: card}).items():
             write_whole(folder / name, content)
@@ -216,14 +220,15 @@ def _data(options: dict, decides: dict) -> list[str]:
     return lines
 
 
-def _cases(evaluation: dict, folder: Path) -> list[tuple[dict, dict]]:
-    """Each evaluated LoRA with the base model at the same guidance; the folder's own first."""
+def _cases(evaluation: dict, digest: str) -> list[tuple[dict, dict]]:
+    """Each evaluated LoRA with the base model at the same guidance; first the one of this SHA-256, and as the
+    report shows it."""
     if not evaluation:
         return []
     bases = {case["guidance_scale"]: case for case in evaluation["cases"] if case["lora_path"] is None}
+    shown = evaluation["cases"][evaluation["shown"]]
     loras = [case for case in evaluation["cases"] if case["against_base"]]
-    own = {folder.resolve().name, diffusion.LORA_FILE}
-    loras.sort(key=lambda case: Path(case["lora_path"]).name not in own)
+    loras.sort(key=lambda case: (case["lora_sha256"] != digest, case is not shown))
     return [(case, bases[case["guidance_scale"]]) for case in loras]
 
 

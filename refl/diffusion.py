@@ -273,9 +273,7 @@ def lora_file(path: str | Path) -> Path:
     path = Path(path)
     file = path / LORA_FILE if path.is_dir() else path
     if not file.is_file():
-        raise UserError(
-            f"no LoRA at {file}. Train one (bash train_refl_lora.sh), or name one with --lora_path."
-        )
+        raise UserError(f"no LoRA at {file}. Train one (bash train_refl_lora.sh), or name another.")
     return file
 
 

@@ -225,9 +225,14 @@ def check_scheduler(options: Any) -> str:
 
 
 def check_prompts(options: Any) -> str:
-    """Both prompt files can be read."""
+    """Both prompt files can be read, and captioned pictures, if they are asked for."""
     counts = [len(read_prompts(path)) for path in (options.prompts, options.validation_prompts)]
-    return f"{counts[0]} to train on, {counts[1]} to validate with"
+    text = f"{counts[0]} to train on, {counts[1]} to validate with"
+    if options.pretrain_data:
+        from refl import pictures  # only here: its libraries may be what is wrong
+
+        text += f"; {len(pictures.read_captioned(options.pretrain_data))} pictures with captions"
+    return text
 
 
 def check_output(options: Any) -> str:

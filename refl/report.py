@@ -4,8 +4,10 @@ no scripts."""
 import base64
 import io
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -166,20 +168,29 @@ def histogram(axis: Axes, differences: np.ndarray) -> None:
 
 
 def curves(evaluation: dict) -> list[Markup]:
-    """Each measure by training step, if there are LoRAs of several steps; the base model is step 0."""
+    """Each measure by training step, a line for each training of which there are LoRAs of several steps; the
+    base model is step 0."""
     cases = [case for case in evaluation["cases"] if case["step"] is not None]
     settings = {(case["lora_scale"], case["guidance_scale"]) for case in cases}
-    by_step = {case["step"]: case for case in sorted(cases, key=lambda case: case["step"])}
-    if len(by_step) < 2 or len(settings) > 1:
+    runs = defaultdict(dict)  # folder -> step -> case
+    for case in sorted(cases, key=lambda case: case["step"]):
+        path = Path(case["lora_path"])
+        runs[path.parent if re.fullmatch(r"checkpoint-\d+|best", path.name) else path][case["step"]] = case
+    runs = {folder: own for folder, own in runs.items() if len(own) > 1}
+    if not runs or len(settings) > 1:
         return []
-    by_step = {0: base_of(evaluation, evaluation["cases"].index(cases[0]))} | by_step
+    base = base_of(evaluation, evaluation["cases"].index(cases[0]))
 
     def curve(axis: Axes, name: str) -> None:
-        mean, low, high = (
-            [case["means"][name][key] for case in by_step.values()] for key in ("mean", "low", "high")
-        )
-        axis.fill_between(list(by_step), low, high, color=ACCENT, alpha=0.2, lw=0)
-        axis.plot(list(by_step), mean, "o-", color=ACCENT, ms=4)
+        for (folder, own), style in zip(runs.items(), cycle(("-", "--", ":", "-.")), strict=False):
+            own = {0: base} | own
+            mean, low, high = (
+                [case["means"][name][key] for case in own.values()] for key in ("mean", "low", "high")
+            )
+            axis.fill_between(list(own), low, high, color=ACCENT, alpha=0.2 / len(runs), lw=0)
+            axis.plot(list(own), mean, f"o{style}", color=ACCENT, ms=4, label=folder.name)
+        if len(runs) > 1:
+            axis.legend(frameon=False, fontsize=8, labelcolor=TEXT)
         axis.set_xlabel("training step; the band is the 95 % interval")
         axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
 

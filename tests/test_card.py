@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from hashlib import sha256
 
 import refl_lora
 from refl import card, diffusion
@@ -40,23 +41,27 @@ def folder(run, tmp_path):
 
 
 @pytest.fixture
-def evaluation(tmp_path):
-    """The folder of an evaluation of a LoRA in a folder named refl_lora, with another LoRA before it."""
+def evaluation(tmp_path, folder):
+    """The folder of an evaluation of the LoRA in `folder`, with another LoRA before it, at two scales."""
+    digest = sha256((folder / diffusion.LORA_FILE).read_bytes()).hexdigest()
     case = {"lora_scale": 1.0, "guidance_scale": 7.5, "step": 2}
     reward = {"difference": 0.5, "low": 0.25, "high": 0.75, "win": 15, "tie": 1, "loss": 4}
     diversity = {"difference": -0.125, "low": -0.2, "high": 0.1}
     means = {"reward": {"mean": 1.5, "low": 1, "high": 2}, "diversity": {"mean": 0.25, "low": 0, "high": 1}}
     after = {"means": means, "against_base": {"reward": reward, "diversity": diversity}}
     base_means = means | {"reward": {"mean": 1.0, "low": 0.5, "high": 1.5}}
+    worse = {"means": base_means, "against_base": {"reward": reward | {"difference": -0.5}}}
     about = {
         "date": "2026-11-20", "command": "python evaluate.py `a` | b", "seconds": 1.5, "options": {},
         "num_prompts": 10, "num_images_per_prompt": 2, "reward": "imagereward",
         "measures": ["reward", "diversity"],
         "cases": [
             case | {"name": "base", "lora_path": None, "means": base_means, "against_base": None},
-            case | {"name": "oth|er", "lora_path": "checkpoint/other"} | after,
-            case | {"name": "refl_lora", "lora_path": "checkpoint/refl_lora"} | after,
+            case | {"name": "oth|er", "lora_path": "checkpoint/other", "lora_sha256": "0"} | after,
+            case | {"name": "half", "lora_path": "elsewhere", "lora_sha256": digest} | worse,
+            case | {"name": "refl_lora", "lora_path": "elsewhere", "lora_sha256": digest} | after,
         ],
+        "shown": 3,
     }  # fmt: skip
     folder = tmp_path / "evaluation"
     folder.mkdir()
@@ -127,7 +132,7 @@ def test_an_evaluation_stays_with_its_lora(folder, evaluation):
     assert "**Mean reward +1.000 → +1.500**" in text and "in 75% of pictures" in text
     assert "| reward | 1.000 | 1.500 | +0.500 | +0.250 to +0.750 | 75% | 5% | 20% |" in text
     assert "| diversity | 0.250 | 0.250 | -0.125 | -0.200 to +0.100 | | | |" in text
-    assert text.index("**refl&#95;lora**") < text.index("**oth&#124;er**")
+    assert text.index("**refl&#95;lora**") < text.index("**half**") < text.index("**oth&#124;er**")
     assert "![without and with this LoRA" in text and "validation_after.png" not in text
     assert (folder / "before_after.png").read_bytes() == (evaluation / "grid.png").read_bytes()
     shutil.rmtree(evaluation)

@@ -17,9 +17,11 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -97,6 +99,7 @@ JUDGED["guidance"] = {
     "": "--sweep_guidance 1,3 --num_images_per_prompt 2",
     "base uncond": "--guidance_scale 3 --no_lora_in_uncond --num_images_per_prompt 2",
 }
+LORA = "pytorch_lora_weights.safetensors"
 Found = dict[tuple[str, float, str, int | None], dict[int, dict[str, float]]]
 BASE = "base model"
 MEASURES = {"judge.all_right": "fully right", "reward": "reward", "diversity": "diversity"}
@@ -107,7 +110,7 @@ class Options:
     """Train and judge in the demo world, over several seeds."""
 
     studies: tyro.conf.Positional[tuple[Literal[tuple(STUDIES)], ...]]
-    """Which."""
+    """Which; all, if none is named."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the trainings."""
     jobs: int = 1
@@ -143,13 +146,17 @@ def train(folder: Path, options: str, seed: int) -> None:
         sys.exit(f"{folder} ended with {status}; see {folder}.log")
 
 
-def judge(study: str, name: str, own: str, runs: dict[Path, tuple], folder: Path) -> dict:
-    """What evaluate.py finds of a study's LoRAs, at every checkpoint of long runs."""
-    loras = sorted(file.parent for run in runs for file in run.glob("checkpoint-*/pytorch_lora_weights.*"))
+def find_loras(study: str, runs: dict[Path, tuple]) -> list[Path]:
+    """What is judged of a study: every checkpoint of long runs, else results; of those that are there."""
     if study in ("guidance", "settings", "guard"):
         loras = [run for run in runs if (run / "options.json").exists()]
-    if not loras:
-        sys.exit(f"{study}: nothing is trained yet")
+    else:
+        loras = sorted(file.parent for run in runs for file in run.glob(f"checkpoint-*/{LORA}"))
+    return loras or sys.exit(f"{study}: nothing is trained yet")
+
+
+def judge(name: str, own: str, loras: Sequence[Path], folder: Path) -> dict:
+    """What evaluate.py finds of LoRAs."""
     output = folder / slug(f"judged {name}".strip())
     command = [sys.executable, "evaluate.py", *WORLD.split(), "--prompts=demo/prompts/held_out.txt"]
     command += "--sampler ddpm --num_inference_steps 20 --batch_size 48".split() + own.split()
@@ -160,29 +167,34 @@ def judge(study: str, name: str, own: str, runs: dict[Path, tuple], folder: Path
     return json.loads((output / "evaluation.json").read_text())
 
 
-def gather(study: str, evaluations: dict[str, dict]) -> Found:
+def gather(study: str, evaluations: dict[str, dict], loras: Sequence[Path]) -> Found:
     """Means of each seed, by (run, guidance, what the empty prompt is predicted by, step).
 
     The step is None for a run's result, whose steps may differ from seed to seed: "step", its own, and
-    "ended", where training ended, are then among the means.
+    "ended", where training ended, are then among the means. Two runs may have ended with the same LoRA, which
+    is then evaluated once.
     """
     found = defaultdict(dict)
     for name, evaluation in evaluations.items():
+        cases = defaultdict(list)
         for case in evaluation["cases"]:
-            means = {measure: mean["mean"] for measure, mean in case["means"].items()}
-            uncond = "" if case["guidance_scale"] == 1 else "base" if name else "LoRA"
-            if case["lora_path"] is None:
-                if not name:
-                    found[BASE, case["guidance_scale"], "", 0][0] = means
-                continue
-            path, step = Path(case["lora_path"]), None
-            if path.name.startswith("checkpoint-"):
-                path, step = path.parent, step_of(path)
-            else:
-                means |= {"step": case["step"], "ended": max(map(step_of, path.glob("checkpoint-*")))}
-            run, _, seed = path.name.rpartition("-seed")
-            title = next(title for title in STUDIES[study] if slug(title) == run)
-            found[title, case["guidance_scale"], uncond, step][int(seed)] = means
+            cases[case["lora_sha256"]].append(case)
+        for path in (None, *loras):
+            for case in cases[path and sha256((path / LORA).read_bytes()).hexdigest()]:
+                means = {measure: mean["mean"] for measure, mean in case["means"].items()}
+                uncond = "" if case["guidance_scale"] == 1 else "base" if name else "LoRA"
+                if path is None:
+                    if not name:
+                        found[BASE, case["guidance_scale"], "", 0][0] = means
+                    continue
+                folder, step = path, None
+                if path.name.startswith("checkpoint-"):
+                    folder, step = path.parent, step_of(path)
+                else:
+                    means |= {"step": case["step"], "ended": max(map(step_of, path.glob("checkpoint-*")))}
+                run, _, seed = folder.name.rpartition("-seed")
+                title = next(title for title in STUDIES[study] if slug(title) == run)
+                found[title, case["guidance_scale"], uncond, step][int(seed)] = means
     order = [BASE, *STUDIES[study]]
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][3] or 0)))
 
@@ -264,9 +276,9 @@ def plot_curves(found: Found, path: Path) -> None:
                 axis.plot(at, values, "sD^"[number % 3], ms=7, mec="k", color=colour, label=name, zorder=3)
                 continue
             steps = sorted(own)
-            for seed in own[steps[0]]:
-                values = [base[measure], *(own[step][seed][measure] for step in steps)]
-                axis.plot([0, *steps], values, lw=0.8, alpha=0.4, color=colour)
+            for seed in sorted(set().union(*own.values())):
+                points = {0: base[measure]} | {s: own[s][seed][measure] for s in steps if seed in own[s]}
+                axis.plot(list(points), list(points.values()), lw=0.8, alpha=0.4, color=colour)
             means = [base[measure], *(mean(m[measure] for m in own[step].values()) for step in steps)]
             axis.plot([0, *steps], means, "o-", ms=3, color=colour, label=name)
         axis.set(title=MEASURES[measure], xlabel="optimizer steps")
@@ -276,9 +288,9 @@ def plot_curves(found: Found, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def report(study: str, evaluations: dict[str, dict], folder: Path) -> None:
+def report(study: str, evaluations: dict[str, dict], loras: Sequence[Path], folder: Path) -> None:
     """The study's JSON, table and plot."""
-    found = gather(study, evaluations)
+    found = gather(study, evaluations, loras)
     folder.mkdir(exist_ok=True)
     if study in ("guard", "regularisers"):
         found = {key: seeds for key, seeds in found.items() if key[0] == BASE} | plain(folder) | found
@@ -316,6 +328,7 @@ def main() -> None:
     # Tiny models: a second thread costs more than it brings. The oracle is found in demo/.
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "demo"}
     options = tyro.cli(Options, use_underscores=True)
+    options.studies = options.studies or tuple(STUDIES)
     if "regularisers" in options.studies and not options.judge_only:
         write_pictures(Path(PICTURES))
     for study in options.studies:
@@ -329,8 +342,9 @@ def main() -> None:
             with ThreadPoolExecutor(options.jobs) as pool:
                 done = pool.map(lambda item: train(item[0], *item[1]), runs.items())
                 list(tqdm(done, f"training: {study}", len(runs), unit="run"))
-        evaluations = {name: judge(study, name, own, runs, folder) for name, own in JUDGED[study].items()}
-        report(study, evaluations, Path(__file__).parent / "results")
+        loras = find_loras(study, runs)
+        evaluations = {name: judge(name, own, loras, folder) for name, own in JUDGED[study].items()}
+        report(study, evaluations, loras, Path(__file__).parent / "results")
 
 
 if __name__ == "__main__":
