@@ -4,13 +4,17 @@ import csv
 import html.parser
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
-from refl import diffusion, intervals
+from refl import diffusion, intervals, report
 from refl.errors import UserError
 
 import numpy as np
@@ -272,6 +276,45 @@ def test_what_is_there_is_not_drawn_again(options, world, tmp_path, monkeypatch,
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(UserError, match=f"{damaged.name} cannot be read .* Delete it"):
         run_in_process(evaluate, monkeypatch, *run)
+
+
+def test_weights_are_known_by_content(options, tiny, world, tmp_path, monkeypatch, count_drawn):
+    model, prompts = tmp_path / "model", tmp_path / "twice.txt"
+    shutil.copytree(tiny / "stable-diffusion-v1-4", model)
+    prompts.write_text("a red cat\na red cat\n")
+    run = [*options, "--output_dir", tmp_path / "out", "--lora_paths", world / "lora", "--prompts", prompts,
+           "--pretrained_model_name_or_path", model, "--num_images_per_prompt=1"]  # fmt: skip
+    run_in_process(evaluate, monkeypatch, *run)
+    assert len(count_drawn) == 2  # twice the same prompt is one
+    weights = next((model / "unet").glob("*.safetensors"))
+    tensors = load_file(weights)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name] *= 1.5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="the model's files was .*Take another --output_dir"):
+        run_in_process(evaluate, monkeypatch, *run)
+
+    [lora] = evaluate.find_loras([str(world / "lora")])
+    pipeline = SimpleNamespace(get_list_adapters=dict)
+    monkeypatch.setattr(diffusion, "unload_lora", lambda pipeline: None)
+    with pytest.raises(UserError, match="has been changed since"):
+        evaluate.put_in(pipeline, replace(lora, digest="0"), 1.0, evaluate.Options())
+
+
+def test_each_training_has_a_curve_of_its_own():
+    def case(path, step, reward):
+        mean = {"mean": reward, "low": reward - 1, "high": reward + 1}
+        own = {"lora_path": path, "step": step, "lora_scale": 1.0, "guidance_scale": 1.0}
+        return own | {"means": {"reward": mean}, "against_base": path and {"reward": mean}}
+
+    cases = [case(None, None, 0), case("a/checkpoint-50", 50, 1), case("a", 100, 2),
+             case("b/checkpoint-50", 50, 3), case("c/checkpoint-50", 50, 4)]  # fmt: skip
+    evaluation = {"measures": ["reward"], "cases": cases}
+    [one] = report.curves(evaluation)
+    cases += [case("b/best", 70, 5)]
+    [two] = report.curves(evaluation)
+    texts = [set(re.findall(r"<text[^>]*>([^<]*)</text>", svg)) for svg in (one, two)]
+    assert not {"a", "b"} & texts[0] and {"a", "b"} <= texts[1] and "c" not in texts[1]  # a legend for two
 
 
 def test_a_lora_that_does_nothing_changes_nothing(options, tiny, tmp_path, monkeypatch):

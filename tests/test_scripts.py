@@ -165,7 +165,9 @@ def test_only_the_lora_moves(training_options, tmp_path, monkeypatch):
 
 
 def test_a_run_repeats_from_its_options_file(training_options, tmp_path, monkeypatch):
-    run_in_process(refl_lora, monkeypatch, *training_options, "--seed", "3", "--lora_alpha", "2")
+    run = [*training_options, "--seed", "3", "--lora_alpha", "2", "--resume_from_checkpoint", "none"]
+    run_in_process(refl_lora, monkeypatch, *run)
+    assert "resume_from_checkpoint" not in json.loads((tmp_path / "out" / "options.json").read_text())
     again = ["--options_file", tmp_path / "out" / "options.json", "--output_dir", tmp_path / "again"]
     run_in_process(refl_lora, monkeypatch, *again)
     assert (tmp_path / "out" / LORA).read_bytes() == (tmp_path / "again" / LORA).read_bytes()
@@ -426,15 +428,18 @@ def test_gpus_are_counted_as_cuda_counts_them(training_options, tmp_path):
     for tool in tools.iterdir():
         tool.chmod(0o755)
 
-    def command(**environment):
+    def command(given="--rank=8", **environment):
         environment = {"PATH": f"{tools}:/usr/bin:/bin", "PYTHON": "python", **environment}
-        return run_script("bash", "train_refl_lora.sh", "--rank=8", **environment).stdout.splitlines()[-1]
+        run = run_script("bash", "train_refl_lora.sh", *given.split(), **environment)
+        return run.stdout.splitlines()[-1]
 
     two = command(CUDA_VISIBLE_DEVICES="6,7", NUM_PROCESSES="")
     assert "--multi_gpu --gpu_ids all --num_processes 2" in two and "--main_process_port 0 " in two
     assert "--mixed_precision fp16" in two and two.endswith(
         "--learning_rate=1e-04 --grad_scale 0.01 --rank=8"
     )
+    from_file = command(CUDA_VISIBLE_DEVICES="1", given="--options_file=a.json --rank=8")
+    assert from_file.endswith("refl_lora.py --options_file=a.json --rank=8")  # the file has the wrapper's
     for devices in ("1", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "0,-1,1"):
         assert command(CUDA_VISIBLE_DEVICES=devices, NUM_PROCESSES="").startswith("fp16 /")
     assert command(CUDA_VISIBLE_DEVICES="-1", NUM_PROCESSES="").startswith("no /")
