@@ -79,7 +79,7 @@ class Options:
     # ReFL
     grad_scale: float = 0.01
     """Factor on the loss. AdamW nearly cancels it.
-    It matters against --max_grad_norm and --adam_epsilon only."""
+    It matters against --max_grad_norm, --adam_epsilon and the weights of regularisers only."""
     reward_target: float | None = 2.0
     """Pictures whose reward, the weighted sum of all, is above this get no gradient.
     None: maximise the plain reward."""
@@ -98,7 +98,7 @@ class Options:
     """Whether the LoRA acts on the prediction for the empty prompt as well, as in programs that draw."""
     normalize_by_stop: bool = False
     """Divide each gradient by |dx0/deps| of its stop index, so that early and late stops count alike.
-    It falls 8-fold from step 30 to 39."""
+    It falls from 0.63 at step 30 of SD-1.4 to 0.04 at 39."""
 
     # Against over-optimising the reward
     noise_distance_weight: float = 0.0
