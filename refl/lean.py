@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -124,7 +125,7 @@ class LoraLinear(PeftLinear):
 @contextmanager
 def lora_off(model: nn.Module) -> Iterator[None]:
     """The model without its LoRA for a block; no second copy of the weights."""
-    layers = [module for module in model.modules() if type(module) is LoraLinear]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True

@@ -3,12 +3,21 @@
 import copy
 
 from refl import diffusion
-from refl.lean import FrozenConv2d, LeanResnetBlock2D, LoraLinear, lora_cast_once, make_lean, norm_silu
+from refl.lean import (
+    FrozenConv2d,
+    LeanResnetBlock2D,
+    LoraLinear,
+    lora_cast_once,
+    lora_off,
+    make_lean,
+    norm_silu,
+)
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
@@ -127,3 +136,18 @@ def test_a_lora_cast_once_is_the_lora_at_that_time(parts):
             change()
             assert torch.equal(unet(*arguments).sample, alone)
         assert not torch.equal(unet(*arguments).sample, alone)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"target_modules": ["to_q", "conv1"]}])
+def test_any_kind_of_lora_can_be_switched_off(parts, settings):
+    arguments = torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 77, 16)
+    with torch.no_grad():
+        base = parts.unet(*arguments).sample
+        config = {"target_modules": ["to_q"], "init_lora_weights": False} | settings
+        parts.unet.add_adapter(LoraConfig(r=2, **config))
+        make_lean(parts.unet)
+        changed = parts.unet(*arguments).sample
+        assert not torch.allclose(changed, base, atol=1e-3)
+        with lora_off(parts.unet):
+            torch.testing.assert_close(parts.unet(*arguments).sample, base, rtol=1e-5, atol=1e-5)
+        assert torch.equal(parts.unet(*arguments).sample, changed)
