@@ -51,6 +51,7 @@ from refl.prompts import prompt_index, read_prompts
 from refl.rewards import WeightedRewards
 from refl.signals import Stopped, StopSignals
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -920,7 +921,8 @@ def main() -> None:
         which = "" if best == progress.step else f" is that of step {best}, the best,"
         print(f"{done} steps in {seconds:.0f} s; LoRA{which} in {output / diffusion.LORA_FILE}")
         if progress.validation is not None:
-            print(f"validation reward {progress.first_validation:+.3f} -> {progress.validation:+.3f}")
+            reached = float(np.mean(guard.best.rewards)) if which else progress.validation
+            print(f"validation reward {progress.first_validation:+.3f} -> {reached:+.3f}")
     accelerator.end_training()
 
 

@@ -144,6 +144,8 @@ def test_training_stops_early_and_keeps_the_best(hacked, tmp_path, monkeypatch, 
         re.search(r"stopped early after step (\d): the reward still rises, but the held-out", text)[1]
     )
     assert stopped < 8 and "LoRA is that of step 0, the best," in text
+    before, after = re.search(r"validation reward (\S+) -> (\S+)", text).groups()
+    assert before == after  # that LoRA's
     out = tmp_path / "out"
     assert (out / LORA).read_bytes() == (out / "best" / LORA).read_bytes()
     assert diffusion.read_metadata(out)["step"] == 0
