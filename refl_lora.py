@@ -917,7 +917,7 @@ def main() -> None:
     if accelerator.is_main_process:
         finish(best_lora or diffusion.pack_lora(parts.unet, lora_metadata()))
         seconds, done = time.perf_counter() - started, progress.step - remaining.start
-        best = guard.best.step if options.early_stop else progress.step
+        best = guard.best.step if guard.best else progress.step
         which = "" if best == progress.step else f" is that of step {best}, the best,"
         print(f"{done} steps in {seconds:.0f} s; LoRA{which} in {output / diffusion.LORA_FILE}")
         if progress.validation is not None:
