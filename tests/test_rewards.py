@@ -239,7 +239,7 @@ def test_the_reward_in_the_readme_works(tiny, training_options, tmp_path, monkey
 
 
 def test_the_example_of_a_held_out_reward(tiny, tmp_path, monkeypatch):
-    """As README has it, on a CLIP of a few weights: differentiable, and as transformers' own parts have it."""
+    """As README has it, on a CLIP of a few weights: differentiable, and as transformers has it."""
     code = re.search(r"```python\n(# clip_score\.py\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     (tmp_path / "clip_score.py").write_text(code)
     monkeypatch.chdir(tmp_path)
