@@ -4,7 +4,7 @@ what worse, and how sure that is.
 python evaluate.py                                      -> result/evaluation/report.html, evaluation.json, ...
 python evaluate.py --lora_paths checkpoint/refl_lora checkpoint/refl_lora/checkpoint-*
 python evaluate.py --sweep_lora_scale 0,0.5,1,1.5 --sweep_guidance 1,3,7.5
-python -m refl.launch --multi_gpu --num_processes 2 evaluate.py     each process draws its share, on one disk
+python -m refl launch --multi_gpu --num_processes 2 evaluate.py     each process draws its share, on one disk
 
 The same command again goes on: pictures that are there are not drawn again. Other LoRAs, scales, guidances,
 more prompts and more pictures of each may be added in the same way. Scores are always taken anew: that costs
@@ -28,10 +28,19 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
-from refl import board, card, devices, diffusion, doctor, drawing, intervals, report, rewards
-from refl.errors import UserError, is_first_process, run_as_command
-from refl.files import fingerprint, write_whole
-from refl.prompts import read_prompts
+from refl.model import drawing
+from refl.model.folder import resolution_of
+from refl.model.lora import LORA_FILE, lora_file, read_metadata
+from refl.model.pipeline import load_lora, unload_lora
+from refl.preflight import doctor
+from refl.report import card, page, statistics
+from refl.report.sheets import pairs
+from refl.reward import rewards
+from refl.system import devices
+from refl.system.errors import UserError, is_first_process, run_as_command
+from refl.system.files import fingerprint, write_whole
+from refl.system.images import save_picture, to_tensor
+from refl.system.prompts import read_prompts
 
 import numpy as np
 import torch
@@ -195,13 +204,13 @@ def main() -> None:
         write_whole(output / "pictures.csv", table_of_pictures(pictures, prompts, values))
         write_whole(output / "prompts.csv", table_of_prompts(cases, bases, prompts, of_prompts))
         write_whole(output / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-        board.save_picture(
+        save_picture(
             grid(cases, shown, bases, pictures, prompts, values, [REWARD, *held_out[:1]]), output / "grid.png"
         )
         pairs = choose_pairs(shown, bases, pictures, prompts, values, names)
         difference = (values[REWARD][shown] - values[REWARD][bases[shown]]).ravel()
-        write_whole(output / "report.html", report.render(evaluation, shown, difference, pairs))
-    print(report.text(evaluation, shown))
+        write_whole(output / "report.html", page.render(evaluation, shown, difference, pairs))
+    print(page.text(evaluation, shown))
     if DIVERSITY not in of_prompts:
         print(f"no diversity: {diversity_needs(options)}")
     if len(prompts) < FEW_PROMPTS:
@@ -231,12 +240,12 @@ def find_loras(paths: Sequence[str]) -> list[Lora]:
     """The LoRAs with short names, once each: a run's last checkpoint and its result are the same file."""
     if not paths:
         raise UserError("--lora_paths: name a LoRA, or several.")
-    files = [diffusion.lora_file(path) for path in paths]
-    places = [Path(os.path.abspath(f.parent if f.name == diffusion.LORA_FILE else f)) for f in files]
+    files = [lora_file(path) for path in paths]
+    places = [Path(os.path.abspath(f.parent if f.name == LORA_FILE else f)) for f in files]
     top = os.path.commonpath([place.parent for place in places])
     loras = {}
     for path, file, place in zip(paths, files, places, strict=True):
-        step = diffusion.read_metadata(file).get("step")
+        step = read_metadata(file).get("step")
         digest = sha256(file.read_bytes()).hexdigest()
         if digest not in loras:
             name = place.relative_to(top).as_posix()
@@ -314,7 +323,7 @@ def check_settings(options: Options, prompts: list[str], device: torch.device) -
         "the model's files": fingerprint(weights),
         "sampler": options.sampler,
         "num_inference_steps": options.num_inference_steps,
-        "resolution": doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution),
+        "resolution": resolution_of(options.pretrained_model_name_or_path, options.resolution),
         "dtype": drawing.precision(options, device),
         "lora_in_uncond": options.lora_in_uncond,
         "seed": options.seed,
@@ -375,20 +384,20 @@ def draw(
             settings = replace(options, guidance_scale=case.guidance_scale)
             for picture, drawn in zip(own, drawing.draw_each(pipeline, wanted, settings, bar), strict=True):
                 with writing(picture.file.parent):
-                    board.save_picture(drawn, picture.file)
+                    save_picture(drawn, picture.file)
     return time.perf_counter() - started
 
 
 def put_in(pipeline: StableDiffusionPipeline, lora: Lora | None, scale: float, options: Options) -> None:
     """Let a LoRA, or none, take the place of the one in the pipeline."""
-    diffusion.unload_lora(pipeline)
+    unload_lora(pipeline)
     if lora:
-        if sha256(diffusion.lora_file(lora.path).read_bytes()).hexdigest() != lora.digest:
+        if sha256(lora_file(lora.path).read_bytes()).hexdigest() != lora.digest:
             raise UserError(
                 f"{lora.path} has been changed since this began, by a training that goes on? Evaluate one of "
                 "its checkpoints, or wait for its end."
             )
-        diffusion.load_lora(pipeline, lora.path, scale, options.lora_in_uncond)
+        load_lora(pipeline, lora.path, scale, options.lora_in_uncond)
 
 
 @contextmanager
@@ -430,7 +439,7 @@ def load_scorers(options: Options, prompts: Sequence[str]) -> rewards.WeightedRe
         found = rewards.WeightedRewards(
             found.rewards | held_out.rewards, found.weights | dict.fromkeys(held_out.rewards, 0.0)
         )
-    side = doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
+    side = resolution_of(options.pretrained_model_name_or_path, options.resolution)
     with torch.no_grad():
         noise = torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(0))
         found(noise.to(device), [prompts[0]])
@@ -450,7 +459,7 @@ def score(
     with tqdm(total=len(pictures), desc="scoring", unit="picture", disable=quiet) as bar:
         for start in range(0, len(pictures), options.batch_size):
             batch = pictures[start : start + options.batch_size]
-            images = torch.stack([board.to_tensor(read(picture.file)) for picture in batch])
+            images = torch.stack([to_tensor(read(picture.file)) for picture in batch])
             saturated = ((images == 0) | (images == 1)).float().mean((1, 2, 3))
             images = images.to(device)
             found = scorers(images, [prompts[picture.prompt_index] for picture in batch])  # (K, B)
@@ -491,7 +500,7 @@ def compare(
     """Each case's means, and their differences to the base model, with intervals; see `intervals`."""
     means = np.stack([value.T for value in of_prompts.values()], axis=1)  # (prompts, measures, cases)
     both = np.stack([means, means - means[:, :, bases]])  # (2, prompts, measures, cases)
-    both = intervals.bootstrap(np.moveaxis(both, 0, 1)).tolist()  # [mean, low, high][2][measures][cases]
+    both = statistics.bootstrap(np.moveaxis(both, 0, 1)).tolist()  # [mean, low, high][2][measures][cases]
     compared = []
     for index, (case, base) in enumerate(zip(cases, bases, strict=True)):
         own, against = {}, {}
@@ -502,7 +511,7 @@ def compare(
             )
             if name in names:
                 difference = values[name][index] - values[name][base]
-                against[name] |= intervals.outcomes(difference, tie_margin)
+                against[name] |= statistics.outcomes(difference, tie_margin)
         compared.append({
             "name": case.name,
             "lora_path": case.lora and case.lora.path,
@@ -576,13 +585,13 @@ def grid(
     header = f"base (above) and {cases[shown].name} (below), {num_prompts} prompts: " + ", ".join(
         f"{name} {old:.3f} -> {new:.3f}" for name, old, new in zip(measures, before, after, strict=True)
     )
-    return board.pairs(drawn, captions, GRID_COLUMNS, header)
+    return pairs(drawn, captions, GRID_COLUMNS, header)
 
 
 def choose_pairs(
     shown: int, bases: Sequence[int], pictures: Sequence[Picture], prompts: Sequence[str],
     values: dict[str, np.ndarray], names: Sequence[str],
-) -> dict[str, list[report.Pair]]:  # fmt: skip
+) -> dict[str, list[page.Pair]]:  # fmt: skip
     """Pictures without and with the LoRA: where the reward rose most, where it fell most, and at random."""
     before, after = bases[shown], shown
     gain = (values[REWARD][after] - values[REWARD][before]).ravel()
@@ -593,11 +602,11 @@ def choose_pairs(
         "At random": np.random.default_rng(0).permutation(len(gain))[:SHOWN_PAIRS],
     }
 
-    def pair(index: int) -> report.Pair:
+    def pair(index: int) -> page.Pair:
         sides = [pictures[case * len(gain) + index] for case in (before, after)]
         scores = {name: [float(values[name][case].flat[index]) for case in (before, after)] for name in names}
         files = [read(side.file) for side in sides]
-        return report.Pair(prompts[sides[0].prompt_index], sides[0].seed, *files, scores)
+        return page.Pair(prompts[sides[0].prompt_index], sides[0].seed, *files, scores)
 
     return {title: [pair(int(index)) for index in indices] for title, indices in chosen.items()}
 

@@ -7,8 +7,10 @@ python inference.py --prompt "a red fox" --seed 7 --num_images_per_prompt 1
 from dataclasses import dataclass
 from pathlib import Path
 
-from refl import board, doctor, drawing
-from refl.errors import run_as_command
+from refl.model import drawing
+from refl.preflight import doctor
+from refl.system.errors import run_as_command
+from refl.system.images import save_picture
 
 import tyro
 
@@ -30,7 +32,7 @@ def main() -> None:
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(drawing.draw(pipeline, prompts, options, "drawing")):
-        board.save_picture(picture, output / f"{index}.png")
+        save_picture(picture, output / f"{index}.png")
     print(f"{len(prompts) * options.num_images_per_prompt} pictures in {output}")
 
 

@@ -8,9 +8,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from refl import board, diffusion, doctor, drawing, rewards
-from refl.errors import UserError, run_as_command
-from refl.files import write_whole
+from refl.model import drawing
+from refl.model.lora import read_metadata
+from refl.model.pipeline import load_lora
+from refl.preflight import doctor
+from refl.report.sheets import pairs
+from refl.reward import rewards
+from refl.system.errors import UserError, run_as_command
+from refl.system.files import write_whole
+from refl.system.images import save_picture, to_tensor
 
 import torch
 import tyro
@@ -42,7 +48,7 @@ def main() -> None:
     options = tyro.cli(Options, use_underscores=True)
     doctor.check_weights(options.pretrained_model_name_or_path, None)
     named = rewards.parse(options.reward)
-    metadata = diffusion.read_metadata(options.lora_path)
+    metadata = read_metadata(options.lora_path)
     options = drawing.settle(options, [options.lora_path])
     if (
         metadata.get("reward", options.reward) != options.reward
@@ -52,7 +58,7 @@ def main() -> None:
 
     # ---- models
     pipeline = drawing.pipeline(options)
-    diffusion.load_lora(pipeline, options.lora_path, options.lora_scale, options.lora_in_uncond)
+    load_lora(pipeline, options.lora_path, options.lora_scale, options.lora_in_uncond)
     scorers = None
     try:
         if "imagereward" in named:
@@ -72,7 +78,7 @@ def main() -> None:
         drawn = drawing.draw(pipeline, prompts, options, f"drawing {side}")
         for index, (picture, prompt) in enumerate(zip(drawn, wanted, strict=True)):
             if side == "after":
-                board.save_picture(picture, output / f"{index}.png")
+                save_picture(picture, output / f"{index}.png")
             if scorers:
                 try:
                     scores[side].append(score(scorers, picture, prompt, pipeline.device))
@@ -107,7 +113,7 @@ def main() -> None:
             ]
             for side, pictures in kept.items()
         }
-        board.save_picture(board.pairs(kept, captions, PAIRS_A_ROW), output / "grid.png")
+        save_picture(pairs(kept, captions, PAIRS_A_ROW), output / "grid.png")
         print(f"before and after: {output / 'grid.png'}")
 
 
@@ -116,7 +122,7 @@ def score(
     scorers: rewards.WeightedRewards, picture: Image.Image, prompt: str, device: torch.device
 ) -> Tensor:
     """Each reward's score of one picture for its prompt, (K,)."""
-    return scorers(board.to_tensor(picture)[None].to(device), [prompt])[:, 0].cpu()
+    return scorers(to_tensor(picture)[None].to(device), [prompt])[:, 0].cpu()
 
 
 if __name__ == "__main__":

@@ -40,16 +40,29 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from refl import board, card, checkpoints, devices, diffusion, doctor, randomness, rewards
-from refl.errors import UserError, is_first_process, run_as_command
-from refl.files import write_whole
-from refl.guard import Guard, Seen
-from refl.lean import lora_cast_once, lora_off, make_lean
-from refl.options import Options, read_options, to_save, what_decides
-from refl.pictures import read_captioned, read_square
-from refl.prompts import prompt_index, read_prompts
-from refl.rewards import WeightedRewards
-from refl.signals import Stopped, StopSignals
+from refl.model import offload
+from refl.model.ddpm import Ddpm
+from refl.model.folder import resolution_of
+from refl.model.lean import lora_cast_once, lora_off, make_lean
+from refl.model.lora import KOHYA_FILE, LORA_FILE, add_lora, pack_lora, to_kohya, unpack_lora
+from refl.model.stable_diffusion import decode, encode, encode_prompts, load_stable_diffusion, vae_factor
+from refl.preflight import doctor
+from refl.report import card
+from refl.report.log import Phases, write_options, write_picture, write_scalars
+from refl.report.sheets import MAX_PICTURES, sheet
+from refl.reward import rewards
+from refl.reward.rewards import WeightedRewards
+from refl.system import checkpoints, devices, randomness
+from refl.system.errors import UserError, is_first_process, run_as_command
+from refl.system.files import write_whole
+from refl.system.images import to_pil
+from refl.system.prompts import prompt_index, read_prompts
+from refl.system.signals import Stopped, StopSignals
+from refl.train import progress as progress_module
+from refl.train.captioned import read_captioned, read_square
+from refl.train.guard import Guard, Seen
+from refl.train.options import Options, read_options, to_save, what_decides
+from refl.train.progress import Progress, pack_optimizer, pack_state, unpack_optimizer
 
 import numpy as np
 import torch
@@ -75,7 +88,7 @@ class Models:
     lora: list[torch.nn.Parameter]
     vae: torch.nn.Module
     rewards: WeightedRewards
-    ddpm: diffusion.Ddpm
+    ddpm: Ddpm
     guidance: tuple[float, float] = (1.0, 1.0)  # scale in the rollout, and at the step that gets the gradient
     lora_in_uncond: bool = True
     held_out: WeightedRewards | None = None
@@ -207,7 +220,7 @@ def x0_gradient(
         chunk = slice(start, start + decode_batch_size)
         leaf = x0[chunk].detach().requires_grad_()
         with phase("decode"):
-            pictures = diffusion.decode(models.vae, leaf)  # (b, 3, H, W)
+            pictures = decode(models.vae, leaf)  # (b, 3, H, W)
         with phase("reward"):
             own_scores = models.rewards(pictures.clamp(0, 1), batch.prompts[chunk])  # (K, b)
             reward = models.rewards.total(own_scores)  # (b,)
@@ -352,7 +365,7 @@ def validate(
         [(_, x0)] = rollout(guided, [batch])
         with models.present(models.vae, *(module for judge in judges for module in judge.modules())):
             for latent, prompt in zip(x0, chosen, strict=True):
-                picture = diffusion.decode(models.vae, latent[None])
+                picture = decode(models.vae, latent[None])
                 columns = [saturated_share(picture)[:, None]]
                 picture = picture.clamp(0, 1)
                 columns += [judge(picture, [prompt]).T for judge in judges]  # (1, K), (1, H)
@@ -395,13 +408,13 @@ def make_optimizer(options: Options, lora: list[torch.nn.Parameter]) -> torch.op
 
 def resume(
     options: Options, accelerator: Accelerator, decides: dict
-) -> tuple[checkpoints.Progress, dict[str, bytes] | None]:
-    """`checkpoints.resume` by the first process, which tells the others, also if it raises `UserError`."""
+) -> tuple[Progress, dict[str, bytes] | None]:
+    """`resume` by the first process, which tells the others, also if it raises `UserError`."""
     found = None
     if accelerator.is_main_process:
         where, allow_changed = options.resume_from_checkpoint, options.allow_changed_options
         try:
-            found = checkpoints.resume(Path(options.output_dir), where, decides, allow_changed)
+            found = progress_module.resume(Path(options.output_dir), where, decides, allow_changed)
         except UserError as error:
             found = error
     [found] = broadcast_object_list([found])
@@ -450,7 +463,7 @@ def main() -> None:
     # ---- options
     options = read_options(sys.argv[1:])
     doctor.check(options, is_training=not options.check)
-    resolution = doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
+    resolution = resolution_of(options.pretrained_model_name_or_path, options.resolution)
     prompts = read_prompts(options.prompts)
     validation_prompts = [
         prompt
@@ -475,9 +488,9 @@ def main() -> None:
     saved_options = to_save(options)
 
     def lora_files(content: bytes, folder: Path) -> dict[Path, bytes]:
-        files = {folder / diffusion.LORA_FILE: content}
+        files = {folder / LORA_FILE: content}
         if options.also_kohya:
-            files[folder / diffusion.KOHYA_FILE] = diffusion.to_kohya(content)
+            files[folder / KOHYA_FILE] = to_kohya(content)
         return files
 
     def save(files: dict[Path, bytes | str]) -> None:
@@ -498,7 +511,7 @@ def main() -> None:
             return
         save(files | {output / "options.json": json.dumps(saved_options, indent=2) + "\n"})
         if not options.also_kohya:  # an earlier LoRA's
-            (output / diffusion.KOHYA_FILE).unlink(missing_ok=True)
+            (output / KOHYA_FILE).unlink(missing_ok=True)
         card.write_if_possible(output)
 
     guard = Guard.from_state(progress.guard if options.early_stop else {})
@@ -506,9 +519,9 @@ def main() -> None:
     best_lora = checkpoint.get(BEST_LORA) if checkpoint and options.early_stop else None
     if checkpoint and (progress.step >= options.max_train_steps or guard.reason):
         if accelerator.is_main_process:  # it may have been ended between its last checkpoint and its LoRA
-            finish(best_lora or checkpoint[diffusion.LORA_FILE], is_repeated=True)
+            finish(best_lora or checkpoint[LORA_FILE], is_repeated=True)
             stopped = f", where {guard.reason}" if guard.reason else ""
-            print(f"finished before: {progress.step} steps{stopped}; LoRA in {output / diffusion.LORA_FILE}")
+            print(f"finished before: {progress.step} steps{stopped}; LoRA in {output / LORA_FILE}")
         return
     if checkpoint:
         accelerator.print(f"going on after step {progress.step}")
@@ -523,14 +536,14 @@ def main() -> None:
 
     # ---- models
     home = torch.device("cpu") if options.low_memory else device  # of the frozen models
-    parts = diffusion.load_stable_diffusion(options.pretrained_model_name_or_path, weight_dtype, home)
+    parts = load_stable_diffusion(options.pretrained_model_name_or_path, weight_dtype, home)
     lora_alpha = options.rank if options.lora_alpha is None else options.lora_alpha
     models = Models(
         unet=parts.unet,
-        lora=diffusion.add_lora(parts.unet, options.rank, lora_alpha, options.seed),
+        lora=add_lora(parts.unet, options.rank, lora_alpha, options.seed),
         vae=parts.vae,
         rewards=rewards.load(options.reward, options.reward_path, home, weight_dtype),
-        ddpm=diffusion.Ddpm(parts.scheduler_config, options.num_inference_steps, device),
+        ddpm=Ddpm(parts.scheduler_config, options.num_inference_steps, device),
         guidance=(
             1.0 if options.guidance_in == "gradient" else options.guidance_scale,
             1.0 if options.guidance_in == "rollout" else options.guidance_scale,
@@ -550,10 +563,10 @@ def main() -> None:
     if options.low_memory:
         for matrix in models.lora:
             matrix.data = matrix.data.to(device)
-        models.present = partial(devices.visit, device)
+        models.present = partial(offload.visit, device)
         if device.type == "cuda":
             for model in frozen:
-                devices.pin(model)
+                offload.pin(model)
     optimizer = make_optimizer(options, models.lora)
     schedule = get_scheduler(
         options.lr_scheduler,
@@ -564,8 +577,8 @@ def main() -> None:
     lora_up = [matrix for name, matrix in parts.unet.named_parameters() if "lora_B" in name]
     scaler = torch.amp.GradScaler(device.type, enabled=weight_dtype == torch.float16)
     if checkpoint:
-        diffusion.unpack_lora(parts.unet, checkpoint[diffusion.LORA_FILE])
-        checkpoints.unpack_optimizer(optimizer, checkpoint["optimizer.safetensors"])
+        unpack_lora(parts.unet, checkpoint[LORA_FILE])
+        unpack_optimizer(optimizer, checkpoint["optimizer.safetensors"])
         if scaler.is_enabled() and progress.scaler:
             scaler.load_state_dict(progress.scaler)
 
@@ -580,7 +593,7 @@ def main() -> None:
     remaining = range(progress.step, options.max_train_steps)
     needed = {p for s in remaining for m in range(micro_steps) for p in batch_prompts(s, m)}
     needed = ["", *sorted(needed | set(validation_prompts) | {caption for _, caption in captioned})]
-    encoded = diffusion.encode_prompts(parts, needed)
+    encoded = encode_prompts(parts, needed)
     bar = tqdm(
         encoded, "encoding prompts", len(needed), unit="prompt", disable=not accelerator.is_main_process
     )
@@ -594,14 +607,14 @@ def main() -> None:
             embedded = torch.stack([cache[""].expand_as(embedded), embedded])
         return embedded
 
-    side = resolution // diffusion.vae_factor(parts.vae)
+    side = resolution // vae_factor(parts.vae)
     noise_shape = (parts.unet.config.in_channels, side, side)
     with models.present(parts.vae):
         files = tqdm(
             [file for file, _ in captioned], "encoding pictures", unit="picture",
             disable=not captioned or not accelerator.is_main_process,
         )  # fmt: skip
-        latents = [diffusion.encode(parts.vae, read_square(file, resolution)).cpu() for file in files]
+        latents = [encode(parts.vae, read_square(file, resolution)).cpu() for file in files]
     parts.vae.encoder = None
     slopes = {k: models.ddpm.x0_slope(k) for k in range(options.min_stop, options.max_stop + 1)}
 
@@ -641,7 +654,7 @@ def main() -> None:
             purge_step = progress.step + 1 if checkpoint else 0
             writer = SummaryWriter(output / options.logging_dir, purge_step=purge_step)
             if not checkpoint:
-                board.write_options(writer, saved_options)
+                write_options(writer, saved_options)
 
     def log(write: Callable[[SummaryWriter], None]) -> None:
         """Write to TensorBoard's files, if there are any; a full disk is no reason to stop."""
@@ -674,9 +687,9 @@ def main() -> None:
             return True
         log(lambda writer: writer.flush())  # its points up to here are then as safe as the checkpoint
         files = {
-            diffusion.LORA_FILE: diffusion.pack_lora(parts.unet, lora_metadata()),
-            "optimizer.safetensors": checkpoints.pack_optimizer(optimizer),
-            checkpoints.STATE: checkpoints.pack_state(progress, decides, saved_options),
+            LORA_FILE: pack_lora(parts.unet, lora_metadata()),
+            "optimizer.safetensors": pack_optimizer(optimizer),
+            checkpoints.STATE: pack_state(progress, decides, saved_options),
         } | ({BEST_LORA: best_lora} if best_lora else {})
         try:
             checkpoints.write(output, progress.step, files)
@@ -723,13 +736,13 @@ def main() -> None:
             )
             progress.guard = guard.state()
             if is_best and accelerator.is_main_process:
-                best_lora = diffusion.pack_lora(parts.unet, lora_metadata())
+                best_lora = pack_lora(parts.unet, lora_metadata())
                 show_best()
         if writer:
             captions = [f"{own:+.2f}  {p}" for own, p in zip(total, validation_prompts, strict=True)]
-            shown = slice(board.MAX_PICTURES)
-            pictures = [board.to_pil(picture / 255) for picture in found.pictures[shown]]
-            sheet = board.sheet(pictures, captions[shown], f"step {step}")
+            shown = slice(MAX_PICTURES)
+            pictures = [to_pil(picture / 255) for picture in found.pictures[shown]]
+            image = sheet(pictures, captions[shown], f"step {step}")
             means = models.rewards.means(found.scores) | {"reward": total.mean().item()}
             means["saturated"] = found.saturated.mean().item()
             if found.held_out is not None:
@@ -737,8 +750,8 @@ def main() -> None:
             if found.diversity is not None:
                 means["diversity"] = found.diversity.mean().item()
             means = {f"validation/{name}": mean for name, mean in means.items()}
-            log(lambda writer: board.write_picture(writer, "validation/pictures", sheet, step))
-            log(lambda writer: board.write_scalars(writer, means, step))
+            log(lambda writer: write_picture(writer, "validation/pictures", image, step))
+            log(lambda writer: write_scalars(writer, means, step))
         progress.validation = total.mean().item()
         if progress.first_validation is None:
             progress.first_validation = progress.validation
@@ -806,7 +819,7 @@ def main() -> None:
         return loss, grad_norm, learning_rate, told > 0
 
     # ---- loop
-    phase = board.Phases(device)
+    phase = Phases(device)
     bar = tqdm(
         remaining, "ReFL", options.max_train_steps, initial=progress.step, unit="step",
         disable=not accelerator.is_main_process,
@@ -857,7 +870,7 @@ def main() -> None:
                 f"pictures_per_second/{name}": len(total) / values[f"seconds/{name}"] for name in seconds
             }
             values = {tag: value for tag, value in values.items() if math.isfinite(value)}
-            log(lambda writer: board.write_scalars(writer, values, step + 1))  # noqa: B023, called at once
+            log(lambda writer: write_scalars(writer, values, step + 1))  # noqa: B023, called at once
             if total.isfinite().all():
                 log(lambda writer: writer.add_histogram("reward/histogram", total, step + 1))  # noqa: B023
             bar.set_postfix(reward=f"{total.mean():+.3f}", loss=f"{loss:.2e}", lr=f"{learning_rate:.1e}")
@@ -915,11 +928,11 @@ def main() -> None:
     if ending:
         raise ending
     if accelerator.is_main_process:
-        finish(best_lora or diffusion.pack_lora(parts.unet, lora_metadata()))
+        finish(best_lora or pack_lora(parts.unet, lora_metadata()))
         seconds, done = time.perf_counter() - started, progress.step - remaining.start
         best = guard.best.step if guard.best else progress.step
         which = "" if best == progress.step else f" is that of step {best}, the best,"
-        print(f"{done} steps in {seconds:.0f} s; LoRA{which} in {output / diffusion.LORA_FILE}")
+        print(f"{done} steps in {seconds:.0f} s; LoRA{which} in {output / LORA_FILE}")
         if progress.validation is not None:
             reached = float(np.mean(guard.best.rewards)) if which else progress.validation
             print(f"validation reward {progress.first_validation:+.3f} -> {reached:+.3f}")
@@ -929,7 +942,7 @@ def main() -> None:
 def memory_advice() -> str:
     """What to do when the GPU's memory does not suffice."""
     if not is_first_process():
-        return "python -m refl.doctor, with the same options, says what others would need."
+        return "python -m refl doctor, with the same options, says what others would need."
     options = read_options(sys.argv[1:])
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     options.mixed_precision = options.mixed_precision or launched

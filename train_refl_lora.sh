@@ -84,7 +84,7 @@ export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 if ((processes * num_machines == 1)); then
   ACCELERATE_MIXED_PRECISION=$precision exec "$python" "$here/refl_lora.py" "${options[@]}"
 fi
-exec "$python" -m refl.launch --multi_gpu --gpu_ids all --num_processes $((processes * num_machines)) \
+exec "$python" -m refl launch --multi_gpu --gpu_ids all --num_processes $((processes * num_machines)) \
   --num_machines "$num_machines" --machine_rank "$machine_rank" --main_process_ip "${main_process_ip:-127.0.0.1}" \
   --main_process_port "$main_process_port" --mixed_precision "$precision" --dynamo_backend no \
   "$here/refl_lora.py" "${options[@]}"

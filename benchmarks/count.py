@@ -4,7 +4,7 @@ python benchmarks/count.py                     # writes benchmarks/count.md
 
 Operations run on tensors that have a shape but no content, in the architectures of SD-1.4 and ImageReward:
 ours in refl's layers, the published step in the libraries' own, as one graph. On a GPU, CUDA itself (about
-0.5 to 0.8 GiB) and what the allocator cannot hand out come on top; `python -m refl.doctor` adds them.
+0.5 to 0.8 GiB) and what the allocator cannot hand out come on top; `python -m refl doctor` adds them.
 """
 
 import sys
@@ -16,20 +16,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-import refl_lora  # noqa: E402
-from refl import diffusion, memory  # noqa: E402
-from refl.drawing import DTYPES  # noqa: E402
-from refl.files import write_whole  # noqa: E402
-from refl.lean import lora_cast_once, make_lean  # noqa: E402
+import refl_lora
+from refl.model.drawing import DTYPES
+from refl.model.lean import (
+    lora_cast_once,
+    make_lean,
+)
+from refl.model.stable_diffusion import decode
+from refl.preflight import memory
+from refl.system.files import write_whole
 
-import baseline_step  # noqa: E402
-import torch  # noqa: E402
-import tyro  # noqa: E402
-from random_checkpoint import write_checkpoint  # noqa: E402
-from step import flop_counter  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import baseline_step
+import torch
+import tyro
+from random_checkpoint import write_checkpoint
+from step import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 STOPS = range(30, 40)  # the published ones
 TEXT_ENCODER, VAE_ENCODER = 123_060_480, 34_163_664  # weights of SD-1.4 that are not counted as they run
@@ -68,7 +72,7 @@ def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
                 unet(*inputs(1, resolution, torch.float32))
             lap("UNet forward")
             x0 = torch.empty(1, 4, resolution // 8, resolution // 8, requires_grad=True)
-            pictures = diffusion.decode(vae, x0)
+            pictures = decode(vae, x0)
             lap("decode")
             loss = memory.score(reward, pictures.clamp(0, 1))
             lap("reward")
@@ -95,7 +99,7 @@ def count_baseline(folders: tuple[str, str], resolution: int, batch_size: int, d
         def step() -> None:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 eps = unet(*inputs(batch_size, resolution, dtype)).sample
-            pictures = diffusion.decode(vae, eps.float()).clamp(0, 1)
+            pictures = decode(vae, eps.float()).clamp(0, 1)
             torch.autograd.grad(memory.score(reward, pictures), lora)
 
         weights = sum(p.nbytes for model in (unet, vae, reward) for p in model.parameters())
@@ -144,7 +148,7 @@ def count_inference(folders: tuple[str, str], batch_size: int, dtype: torch.dtyp
         weights = sum(p.nbytes for model in (unet, vae) for p in model.parameters())
         weights += TEXT_ENCODER * dtype.itemsize + VAE_ENCODER * vae.dtype.itemsize
         x0 = torch.empty(batch_size if is_plain else 1, 4, 64, 64)
-        parts = (lambda: unet(*inputs(2 * batch_size, 512, dtype)), lambda: diffusion.decode(vae, x0))
+        parts = (lambda: unet(*inputs(2 * batch_size, 512, dtype)), lambda: decode(vae, x0))
         return (weights + max(memory.peak_of(run) for run in parts)) / 2**30
 
 

@@ -14,14 +14,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from refl import devices, diffusion  # noqa: E402
-from refl.files import write_whole  # noqa: E402
+from refl.model.lora import (
+    LORA_FILE,
+    add_lora,
+    lora_file,
+    pack_lora,
+)
+from refl.model.pipeline import (
+    generate,
+    load_lora,
+    load_pipeline,
+)
+from refl.model.stable_diffusion import load_stable_diffusion
+from refl.system import devices
+from refl.system.files import write_whole
 
-import torch  # noqa: E402
-import tyro  # noqa: E402
-from diffusers import StableDiffusionPipeline  # noqa: E402
-from step import machine, peak_memory, reset_peak_memory, synchronize  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+import tyro
+from diffusers import StableDiffusionPipeline
+from step import machine, peak_memory, reset_peak_memory, synchronize
+from tqdm import tqdm
 
 
 @dataclass
@@ -47,24 +59,24 @@ def main() -> None:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     lora_path = options.lora_path
     if lora_path is None:
-        parts = diffusion.load_stable_diffusion(options.checkpoint, torch.float32, "cpu")
+        parts = load_stable_diffusion(options.checkpoint, torch.float32, "cpu")
         with torch.no_grad():
-            for matrix in diffusion.add_lora(parts.unet, 4, 4, 0):
+            for matrix in add_lora(parts.unet, 4, 4, 0):
                 matrix.normal_(std=0.02)
         lora_path = ROOT / "result/benchmarks/inference_lora"
         lora_path.mkdir(parents=True, exist_ok=True)
-        write_whole(lora_path / diffusion.LORA_FILE, diffusion.pack_lora(parts.unet, {}))
-    ours = diffusion.load_pipeline(options.checkpoint, "pndm", dtype, device)
-    diffusion.load_lora(ours, lora_path, 1.0)
+        write_whole(lora_path / LORA_FILE, pack_lora(parts.unet, {}))
+    ours = load_pipeline(options.checkpoint, "pndm", dtype, device)
+    load_lora(ours, lora_path, 1.0)
     plain = StableDiffusionPipeline.from_pretrained(
         options.checkpoint, dtype=dtype, safety_checker=None, local_files_only=True
     ).to(device)
-    plain.load_lora_weights(str(diffusion.lora_file(lora_path).parent), weight_name=diffusion.LORA_FILE)
+    plain.load_lora_weights(str(lora_file(lora_path).parent), weight_name=LORA_FILE)
     plain.set_progress_bar_config(disable=True)
     prompts, steps = ["a red circle on a blue background"] * options.batch_size, options.num_inference_steps
 
     def draw_ours(seed: int) -> torch.Tensor:
-        return diffusion.generate(ours, prompts, range(seed, seed + len(prompts)), steps, 7.5)
+        return generate(ours, prompts, range(seed, seed + len(prompts)), steps, 7.5)
 
     def draw_plain(seed: int) -> torch.Tensor:
         generators = [torch.Generator("cpu").manual_seed(seed + index) for index in range(len(prompts))]

@@ -23,13 +23,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from refl import checkpoints  # noqa: E402
-from refl.diffusion import LORA_FILE  # noqa: E402
-from refl.files import write_whole  # noqa: E402
+from refl.model.lora import LORA_FILE
+from refl.system import checkpoints
+from refl.system.files import write_whole
 
-import tyro  # noqa: E402
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 TIMINGS = ("seconds", "pictures_per_second", "memory")  # curves that no two runs share
 OPTIONS = """--num_inference_steps 6 --min_stop 3 --max_stop 5 --train_batch_size 2 --max_train_steps 60

@@ -29,25 +29,41 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-import refl_lora  # noqa: E402
-from refl import devices, diffusion, imagereward, lean, prompts, randomness, rewards  # noqa: E402
-from refl.board import Phases  # noqa: E402
-from refl.drawing import DTYPES  # noqa: E402
-from refl.files import write_whole  # noqa: E402
+import refl_lora
+from refl.model import lean
+from refl.model.ddpm import Ddpm
+from refl.model.drawing import DTYPES
+from refl.model.lora import add_lora
+from refl.model.stable_diffusion import (
+    encode_prompts,
+    load_stable_diffusion,
+    vae_factor,
+)
+from refl.report.log import Phases
+from refl.reward import (
+    imagereward,
+    rewards,
+)
+from refl.system import (
+    devices,
+    prompts,
+    randomness,
+)
+from refl.system.files import write_whole
 
-import baseline_step  # noqa: E402
-import torch  # noqa: E402
-import tyro  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from diffusers import DDPMScheduler  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from random_checkpoint import write_checkpoint  # noqa: E402
-from torch.utils.flop_counter import (  # noqa: E402
+import baseline_step
+import torch
+import tyro
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from matplotlib.figure import Figure
+from random_checkpoint import write_checkpoint
+from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
 PHASES = ("text", "rollout", "grad_step", "decode", "reward", "backward", "optimizer")
 VARIANTS = {
@@ -136,8 +152,8 @@ class Step:
         self.device = device = self.accelerator.device
         self.dtype = dtype = DTYPES[case.precision]
         folder = Path("demo/checkpoint" if options.size == "demo" else options.checkpoint)
-        parts = diffusion.load_stable_diffusion(folder / "stable-diffusion-v1-4", dtype, device)
-        lora = diffusion.add_lora(parts.unet, 4, 4, 0)
+        parts = load_stable_diffusion(folder / "stable-diffusion-v1-4", dtype, device)
+        lora = add_lora(parts.unet, 4, 4, 0)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():  # a LoRA that does something: the first one does not
             for matrix in lora:
@@ -149,11 +165,9 @@ class Step:
         # the same pictures for all
         names = prompts.read_prompts(ROOT / "demo/prompts/train.txt" if options.size == "demo" else
                                      ROOT / "data/train_prompts.txt")  # fmt: skip
-        side = (case.resolution // diffusion.vae_factor(parts.vae)) or parts.unet.config.sample_size
+        side = (case.resolution // vae_factor(parts.vae)) or parts.unet.config.sample_size
         shape = (parts.unet.config.in_channels, side, side)
-        embeds = dict(
-            zip(names[:32], (e.cpu() for e in diffusion.encode_prompts(parts, names[:32])), strict=True)
-        )
+        embeds = dict(zip(names[:32], (e.cpu() for e in encode_prompts(parts, names[:32])), strict=True))
 
         def micro_batches(step: int) -> list:
             batches = []
@@ -195,7 +209,7 @@ class Step:
         self.models = refl_lora.Models(
             parts.unet, lora, parts.vae,
             rewards.WeightedRewards({"imagereward": reward}, {"imagereward": 1.0}),
-            diffusion.Ddpm(parts.scheduler_config, options.num_inference_steps, device),
+            Ddpm(parts.scheduler_config, options.num_inference_steps, device),
         )  # fmt: skip
         self.models.rewards.proven.add("imagereward")  # which costs the first step a backward pass
         if self.is_compiled:

@@ -39,11 +39,17 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from refl import board, imagereward  # noqa: E402
-from refl.diffusion import decode, generate, load_pipeline  # noqa: E402
+from refl.model.pipeline import (
+    generate,
+    load_pipeline,
+)
+from refl.model.stable_diffusion import decode
+from refl.report.sheets import grid
+from refl.reward import imagereward
+from refl.system.images import save_picture
 
-import judge  # noqa: E402
-import world  # noqa: E402
+import judge
+import world
 
 POOL = 24_000  # drawn pictures that the autoencoder and the base model learn from
 WORDS = sorted({word for caption in world.every_caption() for word in caption.split()})
@@ -805,7 +811,7 @@ def draw_samples(
     rows = [drawn[:6], decoded[:6], samples[:6], samples[6:12], samples[12:18]]
     captions = [["drawing"] * 6, ["through the autoencoder"] * 6, prompts[:6], prompts[6:12], prompts[12:18]]
     pictures = [[Image.fromarray(picture) for picture in row] for row in rows]
-    board.save_picture(board.grid(pictures, captions, 3 * world.SIZE), path)
+    save_picture(grid(pictures, captions, 3 * world.SIZE), path)
 
 
 STAGES = (

@@ -13,10 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
-from refl import diffusion, imagereward  # noqa: E402
-from refl.files import write_whole  # noqa: E402
+from refl.model.lora import (
+    LORA_FILE,
+    pack_lora,
+)
+from refl.model.stable_diffusion import (
+    StableDiffusion,
+    load_stable_diffusion,
+)
+from refl.reward import imagereward
+from refl.system.files import write_whole
 
-from random_checkpoint import write_checkpoint  # noqa: E402
+from random_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +40,8 @@ def fresh_accelerator():
 
 
 @pytest.fixture
-def parts(tiny) -> diffusion.StableDiffusion:
-    return diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float32, "cpu")
+def parts(tiny) -> StableDiffusion:
+    return load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float32, "cpu")
 
 
 @pytest.fixture
@@ -50,8 +58,8 @@ def prompts_file(tmp_path) -> Path:
 
 def save_lora(unet, folder: Path, metadata: dict) -> Path:
     """The LoRA of `unet` where training puts it in `folder`."""
-    path = folder / diffusion.LORA_FILE
-    write_whole(path, diffusion.pack_lora(unet, metadata))
+    path = folder / LORA_FILE
+    write_whole(path, pack_lora(unet, metadata))
     return path
 
 

@@ -5,7 +5,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from refl import diffusion, imagereward
+from refl.model.lora import add_lora
+from refl.model.stable_diffusion import load_stable_diffusion
+from refl.reward import imagereward
 
 import pytest
 import torch
@@ -23,13 +25,13 @@ def full(tmp_path_factory) -> Path:
 
 
 def test_the_architectures_are_the_published_ones(full):
-    parts = diffusion.load_stable_diffusion(full / "stable-diffusion-v1-4", torch.float16, "cpu")
+    parts = load_stable_diffusion(full / "stable-diffusion-v1-4", torch.float16, "cpu")
     sizes = {
         name: sum(p.numel() for p in getattr(parts, name).parameters())
         for name in ("unet", "vae", "text_encoder")
     }
     assert sizes == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
-    lora = diffusion.add_lora(parts.unet, rank=4, alpha=4, seed=0)
+    lora = add_lora(parts.unet, rank=4, alpha=4, seed=0)
     assert sum(matrix.numel() for matrix in lora) == 797_184  # 3 MB in float32
     weights = imagereward.read_weights(full / "ImageReward.pt")
     assert len(weights) == 620  # the published 625 but for five that the score does not use

@@ -10,7 +10,7 @@ import re
 import string
 from pathlib import Path
 
-from refl import imagereward
+from refl.reward import imagereward
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel

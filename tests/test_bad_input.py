@@ -4,8 +4,10 @@ import json
 import shutil
 
 import refl_lora
-from refl import diffusion, doctor, prompts
-from refl.errors import UserError
+from refl.model.folder import count_weights
+from refl.model.lora import LORA_FILE, read_metadata
+from refl.system import prompts
+from refl.system.errors import UserError
 
 import pytest
 import torch
@@ -152,7 +154,7 @@ def test_files_of_a_checkpoint(tiny, training_options, tmp_path, monkeypatch, na
     change(folder)
     with pytest.raises(UserError, match=f"(?s){message}"):
         run_in_process(refl_lora, monkeypatch, *training_options, *weight_options(folder))
-    assert not (tmp_path / "out" / diffusion.LORA_FILE).exists()
+    assert not (tmp_path / "out" / LORA_FILE).exists()
 
 
 def test_places_that_cannot_be_read_or_written(training_options, tmp_path, monkeypatch):
@@ -247,7 +249,7 @@ def test_any_safetensors_header(tmp_path, header, data):
     content = json.dumps(header).encode()
     path = tmp_path / "file.safetensors"
     path.write_bytes(len(content).to_bytes(8, "little") + content + data)
-    for read in (doctor.count_weights, diffusion.read_metadata):
+    for read in (count_weights, read_metadata):
         try:
             read(path)
         except UserError as error:
@@ -259,7 +261,7 @@ def test_any_safetensors_header(tmp_path, header, data):
 def test_any_bytes_for_safetensors(tmp_path, content):
     path = tmp_path / "file.safetensors"
     path.write_bytes(content)
-    for read in (doctor.count_weights, diffusion.read_metadata):
+    for read in (count_weights, read_metadata):
         with pytest.raises(UserError, match=r"file\.safetensors is damaged"):
             read(path)
 

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import step  # noqa: E402
+import step
 
 OPTIONS = step.Options(num_inference_steps=4, min_stop=1, max_stop=3, gradient_accumulation_steps=3)
 OTHERS = ("baseline", "no_lean", "no_channels_last", "no_batched_rollout", "peft_lora", "fused_adamw")

@@ -7,8 +7,9 @@ import sys
 from hashlib import sha256
 
 import refl_lora
-from refl import card, diffusion
-from refl.errors import UserError
+from refl.model.lora import KOHYA_FILE, LORA_FILE, METADATA_KEY
+from refl.report import card
+from refl.system.errors import UserError
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def folder(run, tmp_path):
 @pytest.fixture
 def evaluation(tmp_path, folder):
     """The folder of an evaluation of the LoRA in `folder`, with another LoRA before it, at two scales."""
-    digest = sha256((folder / diffusion.LORA_FILE).read_bytes()).hexdigest()
+    digest = sha256((folder / LORA_FILE).read_bytes()).hexdigest()
     case = {"lora_scale": 1.0, "guidance_scale": 7.5, "step": 2}
     reward = {"difference": 0.5, "low": 0.25, "high": 0.75, "win": 15, "tie": 1, "loss": 4}
     diversity = {"difference": -0.125, "low": -0.2, "high": 0.1}
@@ -112,10 +113,10 @@ def test_a_runs_card(folder):
 
 
 def test_its_code_runs(folder, tiny):
-    (folder / diffusion.KOHYA_FILE).touch()
+    (folder / KOHYA_FILE).touch()
     card.write(folder)
     text = read(folder)
-    assert f"[{diffusion.KOHYA_FILE}]" in text and "--also_kohya" not in text
+    assert f"[{KOHYA_FILE}]" in text and "--also_kohya" not in text
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     assert "DDPMScheduler" in code and "num_inference_steps=4, guidance_scale=1.0, height=64" in code
     code = code.replace("path/to/the/base/model", str(tiny / "stable-diffusion-v1-4"))
@@ -138,9 +139,7 @@ def test_an_evaluation_stays_with_its_lora(folder, evaluation):
     shutil.rmtree(evaluation)
     card.write(folder)
     assert read(folder) == text
-    shutil.copy(
-        folder / "checkpoint-2" / "optimizer.safetensors", folder / diffusion.LORA_FILE
-    )  # another one
+    shutil.copy(folder / "checkpoint-2" / "optimizer.safetensors", folder / LORA_FILE)  # another one
     card.write(folder)
     text = read(folder)
     assert "Of an earlier LoRA" in text and "+0.500" in text and "**Mean reward" not in text
@@ -192,8 +191,8 @@ def test_sd14_is_told_by_name_and_size(tmp_path):
             f"{block}.attn1.to_q.lora.down.weight": torch.zeros(4, 320),
             f"{block}.attn2.to_k.lora.down.weight": torch.zeros(4, width),
         }
-        about = {diffusion.METADATA_KEY: json.dumps({"base_model": f"checkpoint/{name}/"})}
-        save_file(lora, tmp_path / diffusion.LORA_FILE, about)
+        about = {METADATA_KEY: json.dumps({"base_model": f"checkpoint/{name}/"})}
+        save_file(lora, tmp_path / LORA_FILE, about)
         card.write(tmp_path)
         text = read(tmp_path)
         data = ModelCard(text).data
@@ -203,7 +202,7 @@ def test_sd14_is_told_by_name_and_size(tmp_path):
 
 
 def test_as_a_command(folder, tmp_path):
-    ran = run_script(sys.executable, "-m", "refl.card", folder)
+    ran = run_script(sys.executable, "-m", "refl", "card", folder)
     assert (ran.returncode, ran.stdout) == (0, f"model card written: {folder / 'README.md'}\n"), ran.stderr
-    ran = run_script(sys.executable, "-m", "refl.card", tmp_path)
+    ran = run_script(sys.executable, "-m", "refl", "card", tmp_path)
     assert ran.returncode == 2 and ran.stderr.startswith("error: no LoRA at"), ran.stderr

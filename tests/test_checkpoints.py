@@ -2,8 +2,9 @@
 
 import errno
 
-from refl import checkpoints
-from refl.errors import UserError
+from refl.system import checkpoints
+from refl.system.errors import UserError
+from refl.train.progress import pack_optimizer, unpack_optimizer
 
 import pytest
 import torch
@@ -110,12 +111,10 @@ def test_an_optimizer_comes_back_exactly():
     with torch.no_grad():
         for matrix, value in zip(resumed, straight, strict=True):
             matrix.copy_(value)
-    checkpoints.unpack_optimizer(two, checkpoints.pack_optimizer(one))
+    unpack_optimizer(two, pack_optimizer(one))
     step(straight, one, 2)
     step(resumed, two, 2)
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
     other, three = build(0.5)  # options are the new run's own
-    checkpoints.unpack_optimizer(three, checkpoints.pack_optimizer(one))
-    assert three.param_groups[0]["lr"] == 0.5 and checkpoints.pack_optimizer(
-        three
-    ) == checkpoints.pack_optimizer(one)
+    unpack_optimizer(three, pack_optimizer(one))
+    assert three.param_groups[0]["lr"] == 0.5 and pack_optimizer(three) == pack_optimizer(one)

@@ -4,8 +4,11 @@ import copy
 import json
 import shutil
 
-from refl import diffusion
-from refl.errors import UserError
+from refl.model.ddpm import Ddpm
+from refl.model.lora import LORA_FILE, add_lora, read_metadata
+from refl.model.pipeline import SAMPLERS, generate, load_lora, load_pipeline
+from refl.model.stable_diffusion import decode, encode_prompts, load_stable_diffusion
+from refl.system.errors import UserError
 
 import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
 import pytest
@@ -30,7 +33,7 @@ def move_lora(lora, scale=0.5):
 def test_ddpm_is_that_of_diffusers(parts, monkeypatch, num_inference_steps):
     scheduler = DDPMScheduler.from_config(parts.scheduler_config, clip_sample=False)
     scheduler.set_timesteps(num_inference_steps)
-    ddpm = diffusion.Ddpm(parts.scheduler_config, num_inference_steps)
+    ddpm = Ddpm(parts.scheduler_config, num_inference_steps)
     assert ddpm.timesteps.tolist() == scheduler.timesteps.tolist()
     generator = torch.Generator().manual_seed(0)
     latents, eps, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
@@ -45,7 +48,7 @@ def test_ddpm_is_that_of_diffusers(parts, monkeypatch, num_inference_steps):
 
 
 def test_forty_steps_are_the_published_ones(parts):
-    ddpm = diffusion.Ddpm(parts.scheduler_config, 40)
+    ddpm = Ddpm(parts.scheduler_config, 40)
     assert ddpm.timesteps[[0, 1, -2, -1]].tolist() == [976, 951, 26, 1]
     slopes = [((1 - abar) / abar) ** 0.5 for abar in ddpm.alphas_cumprod]  # |d x0 / d eps|
     assert [round(slopes[k], 2) for k in (30, 33, 36, 38, 39)] == [0.63, 0.46, 0.29, 0.16, 0.04]
@@ -55,20 +58,20 @@ def test_clip_sample_is_never_on(parts):
     # diffusers' default for DDPM is to clip x0 to [-1, 1], which latents are not in.
     config = {key: value for key, value in parts.scheduler_config.items() if key != "clip_sample"}
     latents = torch.full((1, 4, 8, 8), 5.0)
-    assert diffusion.Ddpm(config, 40).predict_x0(latents, torch.zeros_like(latents), 39).min() > 4.9
-    assert not diffusion.Ddpm({**config, "clip_sample": True}, 40).predict_x0(latents, latents, 39).max() <= 1
+    assert Ddpm(config, 40).predict_x0(latents, torch.zeros_like(latents), 39).min() > 4.9
+    assert not Ddpm({**config, "clip_sample": True}, 40).predict_x0(latents, latents, 39).max() <= 1
 
 
 def test_other_predictions_are_refused(parts):
     with pytest.raises(UserError, match="v_prediction"):
-        diffusion.Ddpm({**parts.scheduler_config, "prediction_type": "v_prediction"}, 40)
+        Ddpm({**parts.scheduler_config, "prediction_type": "v_prediction"}, 40)
 
 
 def test_zero_lora_is_the_base_bit_for_bit(parts):
     latents, t = torch.randn(2, 4, 8, 8), 500
-    embeds = torch.stack(list(diffusion.encode_prompts(parts, PROMPTS)))
+    embeds = torch.stack(list(encode_prompts(parts, PROMPTS)))
     base = parts.unet(latents, t, embeds).sample
-    lora = diffusion.add_lora(parts.unet, rank=4, alpha=4, seed=0)
+    lora = add_lora(parts.unet, rank=4, alpha=4, seed=0)
     assert torch.equal(parts.unet(latents, t, embeds).sample, base)
     move_lora(lora)
     assert not torch.equal(parts.unet(latents, t, embeds).sample, base)
@@ -77,18 +80,18 @@ def test_zero_lora_is_the_base_bit_for_bit(parts):
 
 
 def test_lora_sits_in_every_attention_layer_and_is_seeded(parts, tiny):
-    lora = diffusion.add_lora(parts.unet, rank=4, alpha=4, seed=7)
+    lora = add_lora(parts.unet, rank=4, alpha=4, seed=7)
     attentions = sum(name.endswith(("attn1", "attn2")) for name, _ in parts.unet.named_modules())
     assert len(lora) == attentions * 4 * 2  # q, k, v, out; two matrices each
-    again = diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float32, "cpu")
-    for ours, theirs in zip(lora, diffusion.add_lora(again.unet, 4, 4, seed=7), strict=True):
+    again = load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float32, "cpu")
+    for ours, theirs in zip(lora, add_lora(again.unet, 4, 4, seed=7), strict=True):
         assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("alpha", [4, 1.5])
 def test_saved_lora_draws_the_same_pictures_in_diffusers(parts, tiny, tmp_path, alpha):
     model = tiny / "stable-diffusion-v1-4"
-    lora = diffusion.add_lora(parts.unet, rank=4, alpha=alpha, seed=0)
+    lora = add_lora(parts.unet, rank=4, alpha=alpha, seed=0)
     move_lora(lora)
     file = save_lora(parts.unet, tmp_path, {"rank": 4, "step": 10})
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
@@ -97,15 +100,15 @@ def test_saved_lora_draws_the_same_pictures_in_diffusers(parts, tiny, tmp_path, 
     plain.set_progress_bar_config(disable=True)
     plain.load_lora_weights(str(tmp_path))
     latents, t = torch.randn(2, 4, 8, 8), 500
-    embeds = torch.stack(list(diffusion.encode_prompts(parts, PROMPTS)))
+    embeds = torch.stack(list(encode_prompts(parts, PROMPTS)))
     with torch.no_grad():
         ours, theirs = (unet(latents, t, embeds).sample for unet in (parts.unet, plain.unet))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
-    pipeline = diffusion.load_pipeline(model, "pndm", torch.float32, "cpu")
-    base = diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 2.0)
-    diffusion.load_lora(pipeline, file, 1.0)
-    drawn = diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 2.0)
+    pipeline = load_pipeline(model, "pndm", torch.float32, "cpu")
+    base = generate(pipeline, PROMPTS, [3, 4], 4, 2.0)
+    load_lora(pipeline, file, 1.0)
+    drawn = generate(pipeline, PROMPTS, [3, 4], 4, 2.0)
     assert not torch.allclose(drawn, base, atol=1e-3)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     theirs = plain(
@@ -113,25 +116,25 @@ def test_saved_lora_draws_the_same_pictures_in_diffusers(parts, tiny, tmp_path, 
     ).images
     torch.testing.assert_close(drawn, theirs, rtol=0, atol=1e-4)
     pipeline.disable_lora()
-    assert torch.equal(diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 2.0), base)
+    assert torch.equal(generate(pipeline, PROMPTS, [3, 4], 4, 2.0), base)
     pipeline.enable_lora()
     pipeline.set_adapters("default", 0.0)
-    torch.testing.assert_close(diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 2.0), base, rtol=0, atol=1e-5)
+    torch.testing.assert_close(generate(pipeline, PROMPTS, [3, 4], 4, 2.0), base, rtol=0, atol=1e-5)
 
 
 def test_guidance_can_take_the_empty_prompt_from_the_base(parts, tiny, tmp_path):
     base = copy.deepcopy(parts.unet)
-    move_lora(diffusion.add_lora(parts.unet, rank=4, alpha=4, seed=0))
+    move_lora(add_lora(parts.unet, rank=4, alpha=4, seed=0))
     file = save_lora(parts.unet, tmp_path, {})
-    pipeline = diffusion.load_pipeline(tiny / "stable-diffusion-v1-4", "ddim", torch.float32, "cpu")
-    diffusion.load_lora(pipeline, file, 1.0, in_uncond=False)
-    drawn = diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 3.0)
-    no_guidance = diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 1.0)
+    pipeline = load_pipeline(tiny / "stable-diffusion-v1-4", "ddim", torch.float32, "cpu")
+    load_lora(pipeline, file, 1.0, in_uncond=False)
+    drawn = generate(pipeline, PROMPTS, [3, 4], 4, 3.0)
+    no_guidance = generate(pipeline, PROMPTS, [3, 4], 4, 1.0)
 
     # By hand, with one UNet for each half.
     scheduler = DDIMScheduler.from_config(parts.scheduler_config, clip_sample=False)
     scheduler.set_timesteps(4)
-    embeds = torch.stack(list(diffusion.encode_prompts(parts, ["", "", *PROMPTS])))
+    embeds = torch.stack(list(encode_prompts(parts, ["", "", *PROMPTS])))
     for guidance, expected in ((3.0, drawn), (1.0, no_guidance)):
         latents = torch.cat(
             [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)]
@@ -144,21 +147,21 @@ def test_guidance_can_take_the_empty_prompt_from_the_base(parts, tiny, tmp_path)
                 )
                 eps = text + (guidance - 1) * (text - empty)
                 latents = scheduler.step(eps, t, latents).prev_sample
-            pictures = diffusion.decode(parts.vae, latents).clamp(0, 1)
+            pictures = decode(parts.vae, latents).clamp(0, 1)
         torch.testing.assert_close(expected, pictures, rtol=0, atol=1e-4)
 
-    diffusion.load_lora(pipeline, file, 1.0)  # again, for both: nothing is left of the other way
-    both = diffusion.generate(pipeline, PROMPTS, [3, 4], 4, 3.0)
-    fresh = diffusion.load_pipeline(tiny / "stable-diffusion-v1-4", "ddim", torch.float32, "cpu")
-    diffusion.load_lora(fresh, file, 1.0)
-    assert torch.equal(both, diffusion.generate(fresh, PROMPTS, [3, 4], 4, 3.0))
+    load_lora(pipeline, file, 1.0)  # again, for both: nothing is left of the other way
+    both = generate(pipeline, PROMPTS, [3, 4], 4, 3.0)
+    fresh = load_pipeline(tiny / "stable-diffusion-v1-4", "ddim", torch.float32, "cpu")
+    load_lora(fresh, file, 1.0)
+    assert torch.equal(both, generate(fresh, PROMPTS, [3, 4], 4, 3.0))
     assert not torch.allclose(both, drawn, atol=1e-3)
 
 
 def test_metadata_describes_the_lora(parts, tmp_path):
-    diffusion.add_lora(parts.unet, rank=4, alpha=8, seed=0)
+    add_lora(parts.unet, rank=4, alpha=8, seed=0)
     file = save_lora(parts.unet, tmp_path, {"rank": 4, "step": 10})
-    assert diffusion.read_metadata(tmp_path) == diffusion.read_metadata(file) == {"rank": 4, "step": 10}
+    assert read_metadata(tmp_path) == read_metadata(file) == {"rank": 4, "step": 10}
     with safe_open(file, "pt") as tensors:
         adapter = json.loads(tensors.metadata()["lora_adapter_metadata"])
         assert all(tensors.get_tensor(key).dtype == torch.float32 for key in tensors.keys())  # noqa: SIM118
@@ -166,7 +169,7 @@ def test_metadata_describes_the_lora(parts, tmp_path):
 
 
 def test_a_failed_save_keeps_the_old_file(parts, tmp_path, monkeypatch):
-    diffusion.add_lora(parts.unet, rank=4, alpha=8, seed=0)
+    add_lora(parts.unet, rank=4, alpha=8, seed=0)
     content = save_lora(parts.unet, tmp_path, {"step": 1}).read_bytes()
 
     def disk_full(*_):
@@ -175,39 +178,39 @@ def test_a_failed_save_keeps_the_old_file(parts, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", disk_full)
     with pytest.raises(OSError, match="No space"):
         save_lora(parts.unet, tmp_path, {"step": 2})
-    assert (tmp_path / diffusion.LORA_FILE).read_bytes() == content
+    assert (tmp_path / LORA_FILE).read_bytes() == content
 
 
 def test_lora_of_another_architecture_is_refused(parts, tmp_path, monkeypatch):
-    diffusion.add_lora(parts.unet, rank=4, alpha=4, seed=0)
+    add_lora(parts.unet, rank=4, alpha=4, seed=0)
     file = save_lora(parts.unet, tmp_path, {})
     wider = SIZES["tiny"] | {"unet": SIZES["tiny"]["unet"] | {"block_out_channels": (16, 16, 16, 16)}}
     monkeypatch.setitem(SIZES, "wider", wider)
     model = write_checkpoint(tmp_path / "wider", "wider") / "stable-diffusion-v1-4"
-    pipeline = diffusion.load_pipeline(model, "ddpm", torch.float32, "cpu")
+    pipeline = load_pipeline(model, "ddpm", torch.float32, "cpu")
     with pytest.raises(UserError, match="another architecture"):
-        diffusion.load_lora(pipeline, file, 1.0)
+        load_lora(pipeline, file, 1.0)
 
 
 def test_a_seed_is_a_picture_in_any_batch(tiny):
-    pipeline = diffusion.load_pipeline(tiny / "stable-diffusion-v1-4", "ddpm", torch.float32, "cpu")
-    together = diffusion.generate(pipeline, [*PROMPTS, "x"], [5, 6, 7], 3, 2.0)
-    alone = diffusion.generate(pipeline, PROMPTS[1:], [6], 3, 2.0)
+    pipeline = load_pipeline(tiny / "stable-diffusion-v1-4", "ddpm", torch.float32, "cpu")
+    together = generate(pipeline, [*PROMPTS, "x"], [5, 6, 7], 3, 2.0)
+    alone = generate(pipeline, PROMPTS[1:], [6], 3, 2.0)
     torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-5)
     assert together.shape == (3, 3, 64, 64) and together.min() >= 0 and together.max() <= 1
-    assert diffusion.generate(pipeline, PROMPTS, [5, 6], 2, 1.0, resolution=128).shape == (2, 3, 128, 128)
+    assert generate(pipeline, PROMPTS, [5, 6], 2, 1.0, resolution=128).shape == (2, 3, 128, 128)
 
 
-@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws(tiny, sampler):
-    pipeline = diffusion.load_pipeline(tiny / "stable-diffusion-v1-4", sampler, torch.float32, "cpu")
-    assert diffusion.generate(pipeline, PROMPTS, [5, 6], 4, 2.0).isfinite().all()
+    pipeline = load_pipeline(tiny / "stable-diffusion-v1-4", sampler, torch.float32, "cpu")
+    assert generate(pipeline, PROMPTS, [5, 6], 4, 2.0).isfinite().all()
 
 
 def test_vae_decodes_in_float32_when_the_rest_is_float16(tiny):
-    parts = diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float16, "cpu")
+    parts = load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float16, "cpu")
     assert parts.unet.dtype == torch.float16 and parts.vae.dtype == torch.float32
-    assert diffusion.decode(parts.vae, torch.randn(1, 4, 8, 8).half()).dtype == torch.float32
+    assert decode(parts.vae, torch.randn(1, 4, 8, 8).half()).dtype == torch.float32
 
 
 def test_an_empty_tokenizer_is_refused(tmp_path):
@@ -215,7 +218,7 @@ def test_an_empty_tokenizer_is_refused(tmp_path):
     for file in (folder / "tokenizer").iterdir():
         file.unlink()
     with pytest.raises(UserError, match="tokenizer"):
-        diffusion.load_stable_diffusion(folder, torch.float32, "cpu")
+        load_stable_diffusion(folder, torch.float32, "cpu")
 
 
 def test_truncated_model_files_are_named(tmp_path):
@@ -223,7 +226,7 @@ def test_truncated_model_files_are_named(tmp_path):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded|can be loaded"):
-        diffusion.load_stable_diffusion(folder, torch.float32, "cpu")
+        load_stable_diffusion(folder, torch.float32, "cpu")
 
 
 def test_weights_load_under_the_names_they_were_published_with(tiny, tmp_path):
@@ -243,8 +246,8 @@ def test_weights_load_under_the_names_they_were_published_with(tiny, tmp_path):
     weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(weights, file, metadata={"format": "pt"})
 
-    then = diffusion.load_stable_diffusion(tmp_path / "model", torch.float32, "cpu")
-    now = diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float32, "cpu")
+    then = load_stable_diffusion(tmp_path / "model", torch.float32, "cpu")
+    now = load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float32, "cpu")
     for part in ("vae", "text_encoder"):
         then_weights, now_weights = (getattr(parts, part).state_dict() for parts in (then, now))
         assert all(torch.equal(then_weights[name], value) for name, value in now_weights.items())

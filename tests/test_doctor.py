@@ -7,8 +7,9 @@ import socket
 import sys
 from collections import namedtuple
 
-from refl import doctor, memory
-from refl.errors import UserError
+from refl.model.folder import count_weights
+from refl.preflight import doctor, memory
+from refl.system.errors import UserError
 
 import pytest
 import torch
@@ -30,14 +31,14 @@ def options(tiny, prompts_file, tmp_path):
 
 def test_the_command_prints_a_table(tiny, tmp_path):
     run = run_script(
-        sys.executable, "-m", "refl.doctor", *weight_options(tiny), f"--output_dir={tmp_path / 'out'}"
+        sys.executable, "-m", "refl", "doctor", *weight_options(tiny), f"--output_dir={tmp_path / 'out'}"
     )
     assert run.returncode == 0, run.stderr
     rows = {line.split()[1]: line.split()[0] for line in run.stdout.splitlines()}
     assert rows.keys() == doctor.CHECKS.keys()
     assert rows.pop("devices") == "warn" and set(rows.values()) == {"pass"}
     run = run_script(
-        sys.executable, "-m", "refl.doctor", f"--pretrained_model_name_or_path={tmp_path / 'nowhere'}"
+        sys.executable, "-m", "refl", "doctor", f"--pretrained_model_name_or_path={tmp_path / 'nowhere'}"
     )
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert "FAIL  model" in run.stdout and "pass  prompts" in run.stdout  # one failure hides no other
@@ -137,11 +138,11 @@ def test_weights_cut_anywhere_are_named_before_they_are_loaded(options, tmp_path
     file = next((tiny / "stable-diffusion-v1-4" / part).glob("*.safetensors"))
     content, cut = file.read_bytes(), tmp_path / "model.safetensors"
     cut.write_bytes(content)
-    assert doctor.count_weights(cut) > 100
+    assert count_weights(cut) > 100
     for length in [*range(0, 200), *range(200, len(content), len(content) // 50), len(content) - 1]:
         cut.write_bytes(content[:length])
         with pytest.raises(UserError, match="model.safetensors is damaged"):
-            doctor.count_weights(cut)
+            count_weights(cut)
     cut.write_bytes(content + b"more")
     with pytest.raises(UserError, match="model.safetensors is damaged"):
-        doctor.count_weights(cut)
+        count_weights(cut)

@@ -14,8 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import evaluate
-from refl import diffusion, intervals, report
-from refl.errors import UserError
+from refl.model import drawing
+from refl.model.lora import LORA_FILE, add_lora
+from refl.model.pipeline import generate, load_lora, load_pipeline
+from refl.model.stable_diffusion import load_stable_diffusion
+from refl.report import statistics
+from refl.system.errors import UserError
 
 import numpy as np
 import pytest
@@ -28,7 +32,7 @@ from test_scripts import run_in_process
 
 OUTPUTS = ["evaluation.json", "grid.png", "pictures", "pictures.csv", "prompts.csv", "report.html"]
 LAUNCH = (
-    "-m refl.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
+    "-m refl launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
     "--mixed_precision no --dynamo_backend no evaluate.py"
 ).split()
 
@@ -38,7 +42,7 @@ LAUNCH = (
 
 def test_intervals_are_those_of_the_normal_approximation():
     values = np.random.default_rng(1).normal(0.3, 2, (4000, 1))
-    mean, low, high = intervals.bootstrap(values)[:, 0]
+    mean, low, high = statistics.bootstrap(values)[:, 0]
     error = 1.96 * values.std() / len(values) ** 0.5
     assert mean == values.mean()
     assert (low, high) == pytest.approx((mean - error, mean + error), abs=0.03 * error)
@@ -48,31 +52,31 @@ def test_intervals_are_those_of_plain_resampling():
     values = np.random.default_rng(2).exponential(size=9)  # few and skewed: not normal
     generator = np.random.default_rng(3)
     means = [generator.choice(values, len(values)).mean() for _ in range(20_000)]
-    _, low, high = intervals.bootstrap(values)
+    _, low, high = statistics.bootstrap(values)
     assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
     generator = np.random.default_rng(4)
-    _, low, high = intervals.bootstrap(generator.normal(size=(60, 400)))  # 400 studies of 60 prompts
+    _, low, high = statistics.bootstrap(generator.normal(size=(60, 400)))  # 400 studies of 60 prompts
     assert 0.91 < ((low < 0) & (high > 0)).mean() < 0.98
 
 
 def test_intervals_of_what_does_not_vary():
-    assert intervals.bootstrap(np.array([[0.5, 1.5]])).tolist() == [[0.5, 1.5]] * 3  # one prompt
-    assert not intervals.bootstrap(np.zeros((5, 2, 3))).any()
+    assert statistics.bootstrap(np.array([[0.5, 1.5]])).tolist() == [[0.5, 1.5]] * 3  # one prompt
+    assert not statistics.bootstrap(np.zeros((5, 2, 3))).any()
 
 
 def test_intervals_do_not_depend_on_memory(monkeypatch):
     values = np.random.default_rng(5).normal(size=(30, 2))
-    whole = intervals.bootstrap(values)
-    monkeypatch.setattr(intervals, "MAX_COUNTS", 100)
-    np.testing.assert_allclose(intervals.bootstrap(values), whole, atol=0.03)
+    whole = statistics.bootstrap(values)
+    monkeypatch.setattr(statistics, "MAX_COUNTS", 100)
+    np.testing.assert_allclose(statistics.bootstrap(values), whole, atol=0.03)
 
 
 def test_outcomes_count_every_pair():
     difference = np.array([[0.02, -0.02, 0.01], [-0.01, 0.0, 5.0]])
-    assert intervals.outcomes(difference, 0.01) == {"win": 2, "tie": 3, "loss": 1}
+    assert statistics.outcomes(difference, 0.01) == {"win": 2, "tie": 3, "loss": 1}
 
 
 def test_seeds_are_all_different():
@@ -84,8 +88,8 @@ def test_seeds_are_all_different():
 
 
 def make_lora(tiny, folder: Path, rank: int, scale: float = 0.5, **metadata) -> Path:
-    parts = diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float32, "cpu")
-    lora = diffusion.add_lora(parts.unet, rank, rank, seed=0)
+    parts = load_stable_diffusion(tiny / "stable-diffusion-v1-4", torch.float32, "cpu")
+    lora = add_lora(parts.unet, rank, rank, seed=0)
     move_lora(lora, scale)
     folder.mkdir(parents=True)
     save_lora(parts.unet, folder, {"step": rank, **metadata})
@@ -115,13 +119,13 @@ def options(tiny, world, monkeypatch):
 @pytest.fixture
 def count_drawn(monkeypatch):
     """Seeds of all pictures drawn from now on."""
-    seeds, generate = [], diffusion.generate
+    seeds, generate = [], drawing.generate
 
     def counting(pipeline, prompts, own, *arguments):
         seeds.extend(own)
         return generate(pipeline, prompts, own, *arguments)
 
-    monkeypatch.setattr(diffusion, "generate", counting)
+    monkeypatch.setattr(drawing, "generate", counting)
     return seeds
 
 
@@ -165,9 +169,9 @@ def test_what_is_written(options, world, tiny, tmp_path, monkeypatch, capsys):
     for lora, name in zip(loras, ("lora", "checkpoint-2"), strict=True):
         (folder,) = (tmp_path / "pictures").glob(f"{name}-*")
         assert len(list(folder.iterdir())) == 6
-        pipeline = diffusion.load_pipeline(tiny / "stable-diffusion-v1-4", "pndm", torch.float32, "cpu")
-        diffusion.load_lora(pipeline, lora, 1.0)
-        drawn = diffusion.generate(pipeline, ["a blue dog"], [evaluate.picture_seed(0, 1, 1)], 2, 2.0)[0]
+        pipeline = load_pipeline(tiny / "stable-diffusion-v1-4", "pndm", torch.float32, "cpu")
+        load_lora(pipeline, lora, 1.0)
+        drawn = generate(pipeline, ["a blue dog"], [evaluate.picture_seed(0, 1, 1)], 2, 2.0)[0]
         saved = np.asarray(Image.open(folder / "1_1.png"), int)
         assert abs(saved - (drawn * 255).round().permute(1, 2, 0).numpy()).max() <= 1
 
@@ -296,7 +300,7 @@ def test_weights_are_known_by_content(options, tiny, world, tmp_path, monkeypatc
 
     [lora] = evaluate.find_loras([str(world / "lora")])
     pipeline = SimpleNamespace(get_list_adapters=dict)
-    monkeypatch.setattr(diffusion, "unload_lora", lambda pipeline: None)
+    monkeypatch.setattr(evaluate, "unload_lora", lambda pipeline: None)
     with pytest.raises(UserError, match="has been changed since"):
         evaluate.put_in(pipeline, replace(lora, digest="0"), 1.0, evaluate.Options())
 
@@ -310,9 +314,9 @@ def test_each_training_has_a_curve_of_its_own():
     cases = [case(None, None, 0), case("a/checkpoint-50", 50, 1), case("a", 100, 2),
              case("b/checkpoint-50", 50, 3), case("c/checkpoint-50", 50, 4)]  # fmt: skip
     evaluation = {"measures": ["reward"], "cases": cases}
-    [one] = report.curves(evaluation)
+    [one] = html.curves(evaluation)
     cases += [case("b/best", 70, 5)]
-    [two] = report.curves(evaluation)
+    [two] = html.curves(evaluation)
     texts = [set(re.findall(r"<text[^>]*>([^<]*)</text>", svg)) for svg in (one, two)]
     assert not {"a", "b"} & texts[0] and {"a", "b"} <= texts[1] and "c" not in texts[1]  # a legend for two
 
@@ -369,8 +373,8 @@ def test_names_are_short_and_no_lora_counts_twice(world, tiny, tmp_path, capsys)
     folder = tmp_path / "run"
     make_lora(tiny, folder, 2, about=1)
     make_lora(tiny, folder / "base", 2, about=2)
-    (folder / "same.safetensors").write_bytes((folder / diffusion.LORA_FILE).read_bytes())
-    paths = [str(folder), str(folder / "base" / diffusion.LORA_FILE), str(folder / "same.safetensors")]
+    (folder / "same.safetensors").write_bytes((folder / LORA_FILE).read_bytes())
+    paths = [str(folder), str(folder / "base" / LORA_FILE), str(folder / "same.safetensors")]
     assert [lora.name for lora in evaluate.find_loras(paths)] == ["run", "run/base"]
     assert "same.safetensors is the same LoRA as" in capsys.readouterr().out
     assert [lora.name for lora in evaluate.find_loras(paths[1:2])] == ["LoRA base"]
@@ -432,9 +436,7 @@ def test_a_reward_that_fails_does_so_before_the_drawing(options, world, tmp_path
 def test_a_lora_that_does_not_fit_is_found_before_the_drawing(
     options, world, tmp_path, monkeypatch, count_drawn
 ):
-    weights = {
-        name: torch.cat([w, w], -1) for name, w in load_file(world / "lora" / diffusion.LORA_FILE).items()
-    }
+    weights = {name: torch.cat([w, w], -1) for name, w in load_file(world / "lora" / LORA_FILE).items()}
     save_file(weights, tmp_path / "other.safetensors", metadata={"format": "pt"})
     loras = world / "lora", tmp_path / "other.safetensors"
     with pytest.raises(UserError, match="does not fit this model"):

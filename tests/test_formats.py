@@ -1,8 +1,9 @@
 """The LoRA in other people's programs: kohya's format, and merged into a model."""
 
 import refl_lora
-from refl import diffusion, merge
-from refl.errors import UserError
+from refl.model import merge
+from refl.model.lora import KOHYA_FILE, LORA_FILE, add_lora, read_metadata, to_kohya
+from refl.system.errors import UserError
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from test_scripts import run_in_process
 @pytest.fixture
 def lora_file(parts, tmp_path):
     """A LoRA of rank 2 and alpha 3 that does something."""
-    lora = diffusion.add_lora(parts.unet, 2, 3, 0)
+    lora = add_lora(parts.unet, 2, 3, 0)
     with torch.no_grad():
         for matrix in lora:
             matrix.copy_(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
@@ -37,7 +38,7 @@ def picture(model, lora=None, scale=1.0):
 
 def test_kohyas_format_draws_the_same_pictures(lora_file, tiny, tmp_path):
     model, kohya = tiny / "stable-diffusion-v1-4", tmp_path / "kohya.safetensors"
-    kohya.write_bytes(diffusion.to_kohya(lora_file.read_bytes()))
+    kohya.write_bytes(to_kohya(lora_file.read_bytes()))
     ours, theirs, base = picture(model, lora_file), picture(model, kohya), picture(model)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     assert (ours - base).abs().max() > 0.01
@@ -49,7 +50,7 @@ def test_kohyas_format_draws_the_same_pictures(lora_file, tiny, tmp_path):
     with safe_open(kohya, "pt") as file:
         about = file.metadata()
     assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("2", "3.0")
-    assert diffusion.read_metadata(kohya) == {"step": 7}
+    assert read_metadata(kohya) == {"step": 7}
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -82,7 +83,7 @@ def test_a_merge_that_cannot_be(lora_file, tiny, tmp_path, monkeypatch):
 
 def test_training_writes_kohyas_format_when_asked(training_options, tmp_path, monkeypatch):
     run_in_process(refl_lora, monkeypatch, *training_options)
-    file = tmp_path / "out" / diffusion.KOHYA_FILE
+    file = tmp_path / "out" / KOHYA_FILE
     assert not file.exists()
     run_in_process(refl_lora, monkeypatch, *training_options, "--also_kohya")  # of a run that is finished
-    assert file.read_bytes() == diffusion.to_kohya((tmp_path / "out" / diffusion.LORA_FILE).read_bytes())
+    assert file.read_bytes() == to_kohya((tmp_path / "out" / LORA_FILE).read_bytes())

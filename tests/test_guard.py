@@ -7,9 +7,12 @@ import shutil
 from dataclasses import replace
 
 import refl_lora
-from refl import checkpoints, diffusion, pictures, rewards
-from refl.errors import UserError
-from refl.guard import Guard, Seen, is_lower, t_quantile
+from refl.model.lora import read_metadata
+from refl.reward import rewards
+from refl.system import checkpoints
+from refl.system.errors import UserError
+from refl.train import captioned
+from refl.train.guard import Guard, Seen, is_lower, t_quantile
 
 import numpy as np
 import pytest
@@ -148,7 +151,7 @@ def test_training_stops_early_and_keeps_the_best(hacked, tmp_path, monkeypatch, 
     assert before == after  # that LoRA's
     out = tmp_path / "out"
     assert (out / LORA).read_bytes() == (out / "best" / LORA).read_bytes()
-    assert diffusion.read_metadata(out)["step"] == 0
+    assert read_metadata(out)["step"] == 0
     logs = events(out / "logs")
     curves = {tag: [point.value for point in logs.Scalars(f"validation/{tag}")] for tag in
               ("reward", "two_rewards.not_red", "saturated")}  # fmt: skip
@@ -168,7 +171,7 @@ def test_training_stops_early_and_keeps_the_best(hacked, tmp_path, monkeypatch, 
     # Who does not believe it goes on without it.
     run_in_process(refl_lora, monkeypatch, *hacked, "--no_early_stop", "--allow_changed_options")
     assert f"{8 - stopped} steps in" in capsys.readouterr().out
-    assert diffusion.read_metadata(out)["step"] == 8
+    assert read_metadata(out)["step"] == 8
     assert "chose the LoRA" not in (out / "README.md").read_text()
 
 
@@ -289,10 +292,10 @@ def folder(tmp_path):
 
 def test_captions_are_read_from_either_kind_of_file(folder):
     expected = [(folder / f"{index}.png", f"a picture, number {index}") for index in range(3)]
-    assert pictures.read_captioned(folder) == expected
+    assert captioned.read_captioned(folder) == expected
     lines = [json.dumps({"file_name": file.name, "text": text}) for file, text in reversed(expected)]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    assert pictures.read_captioned(folder) == expected[::-1]
+    assert captioned.read_captioned(folder) == expected[::-1]
 
 
 @pytest.mark.parametrize(
@@ -319,11 +322,11 @@ def test_mistakes_in_a_folder_of_pictures_are_named(folder, training_options, mo
 
 
 def test_a_picture_is_cut_to_its_middle(folder):
-    square = pictures.read_square(folder / "0.png", 64)
+    square = captioned.read_square(folder / "0.png", 64)
     exact = torch.from_numpy(np.array(Image.open(folder / "0.png"))).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(square, exact, rtol=0, atol=1e-6)
-    assert pictures.read_square(folder / "2.png", 48).shape == (3, 48, 48)
-    assert pictures.read_square(folder / "2.png", 48).abs().max() <= 1
+    assert captioned.read_square(folder / "2.png", 48).shape == (3, 48, 48)
+    assert captioned.read_square(folder / "2.png", 48).abs().max() <= 1
 
 
 def test_pretraining_is_part_of_a_run_and_resumes(folder, training_options, tmp_path, monkeypatch):

@@ -6,9 +6,9 @@ import logging
 import shutil
 import sys
 
-from refl import imagereward
-from refl.errors import UserError
-from refl.imagereward import __main__ as command
+from refl.reward import imagereward
+from refl.reward import score as command
+from refl.system.errors import UserError
 
 import pytest
 import torch
@@ -343,7 +343,7 @@ def test_the_command_refuses(tiny, monkeypatch, options, message):
 
 
 def test_the_command_runs_from_the_shell(tiny):
-    run = run_script(sys.executable, "-m", "refl.imagereward", "a red cat", "a.png", "--reward_path", tiny)
+    run = run_script(sys.executable, "-m", "refl", "score", "a red cat", "a.png", "--reward_path", tiny)
     assert run.returncode == 2 and run.stderr.strip() == "error: no such picture: a.png."
 
 

@@ -2,8 +2,7 @@
 
 import copy
 
-from refl import diffusion
-from refl.lean import (
+from refl.model.lean import (
     FrozenConv2d,
     LeanResnetBlock2D,
     LoraLinear,
@@ -12,6 +11,8 @@ from refl.lean import (
     make_lean,
     norm_silu,
 )
+from refl.model.lora import add_lora
+from refl.model.stable_diffusion import decode
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 def test_every_layer_of_stable_diffusion_that_can_be_is_lean(parts):
-    diffusion.add_lora(parts.unet, 2, 2, 0)
+    add_lora(parts.unet, 2, 2, 0)
     for model in (parts.unet, parts.vae):
         make_lean(model)
         kinds = [type(module) for module in model.modules()]
@@ -59,12 +60,12 @@ def test_the_decoder_keeps_a_third(parts):
     lean = copy.deepcopy(parts.vae)
     make_lean(lean)
     x0 = torch.randn(1, 4, 8, 8, requires_grad=True)
-    kept = [saved_bytes(lambda vae=vae: diffusion.decode(vae, x0)) for vae in (parts.vae, lean)]
+    kept = [saved_bytes(lambda vae=vae: decode(vae, x0)) for vae in (parts.vae, lean)]
     assert kept[1] < 0.45 * kept[0]
 
 
 def test_the_unet_keeps_less(parts):
-    diffusion.add_lora(parts.unet, 2, 2, 0)
+    add_lora(parts.unet, 2, 2, 0)
     lean = copy.deepcopy(parts.unet)
     make_lean(lean)
     arguments = torch.randn(1, 4, 8, 8), 7, torch.randn(1, 77, 16)
@@ -81,7 +82,7 @@ def test_the_decoder_draws_the_same_bits_with_the_same_gradient(parts, dtype, la
     x0 = torch.randn(2, 4, 8, 8, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     pictures, gradients = [], []
     for model in (vae, lean):
-        pictures.append(diffusion.decode(model, x0))
+        pictures.append(decode(model, x0))
         gradients += torch.autograd.grad(pictures[-1].square().sum(), x0)
     assert torch.equal(*pictures)
     assert (gradients[0] - gradients[1]).norm() <= 4 * torch.finfo(dtype).eps * gradients[0].norm()
@@ -100,7 +101,7 @@ def test_norm_and_silu(layout):
 
 
 def test_the_lora_layer_is_that_of_peft(parts):
-    lora = diffusion.add_lora(parts.unet.double(), 2, 3, 0)
+    lora = add_lora(parts.unet.double(), 2, 3, 0)
     with torch.no_grad():
         for matrix in lora:
             matrix.data = torch.randn_like(matrix).double()
@@ -120,7 +121,7 @@ def test_the_lora_layer_is_that_of_peft(parts):
 
 def test_a_lora_cast_once_is_the_lora_at_that_time(parts):
     unet = parts.unet.bfloat16()
-    lora = diffusion.add_lora(unet, 2, 3, 0)
+    lora = add_lora(unet, 2, 3, 0)
     make_lean(unet)
     arguments = torch.randn(2, 4, 8, 8).bfloat16(), torch.tensor(7), torch.randn(2, 77, 16).bfloat16()
 

@@ -4,9 +4,15 @@ import shutil
 from types import SimpleNamespace
 
 import refl_lora
-from refl import devices, diffusion, doctor, memory, randomness, rewards
-from refl.errors import UserError
-from refl.lean import make_lean
+from refl.model import offload
+from refl.model.ddpm import Ddpm
+from refl.model.lean import make_lean
+from refl.model.lora import add_lora, lora_file
+from refl.model.stable_diffusion import load_stable_diffusion
+from refl.preflight import doctor, memory
+from refl.reward import rewards
+from refl.system import randomness
+from refl.system.errors import UserError
 
 import pytest
 import torch
@@ -40,10 +46,10 @@ def test_the_count_is_what_a_step_takes(options, tiny, changes, resolution):
     for name, value in changes.items():
         setattr(options, name, value)
     device, dtype, side = torch.device("cpu"), torch.float32, resolution // 8
-    parts = diffusion.load_stable_diffusion(options.pretrained_model_name_or_path, dtype, device)
+    parts = load_stable_diffusion(options.pretrained_model_name_or_path, dtype, device)
     models = refl_lora.Models(
-        parts.unet, diffusion.add_lora(parts.unet, 4, 4, 0), parts.vae,
-        rewards.load("imagereward", tiny, device, dtype), diffusion.Ddpm(parts.scheduler_config, 3),
+        parts.unet, add_lora(parts.unet, 4, 4, 0), parts.vae,
+        rewards.load("imagereward", tiny, device, dtype), Ddpm(parts.scheduler_config, 3),
     )  # fmt: skip
     for model in (parts.unet, parts.vae):
         make_lean(model)
@@ -129,7 +135,7 @@ def test_low_memory_trains_the_same_lora(training_options, tmp_path, monkeypatch
     for name, flags in (("plain", []), ("low", ["--low_memory"])):
         output = f"--output_dir={tmp_path / name}"
         run_in_process(refl_lora, monkeypatch, *training_options, *shared, *flags, output)
-    plain, low = (diffusion.lora_file(tmp_path / name).read_bytes() for name in ("plain", "low"))
+    plain, low = (lora_file(tmp_path / name).read_bytes() for name in ("plain", "low"))
     assert plain == low
 
 
@@ -143,7 +149,7 @@ def test_visitors_go_home_unchanged():
 
     gpu, here, there = torch.device("cuda"), Tensor("cuda:0"), Tensor("cpu")
     model = SimpleNamespace(parameters=lambda: [here, there], buffers=lambda: [])
-    with pytest.raises(RuntimeError, match="stop"), devices.visit(gpu, model):
+    with pytest.raises(RuntimeError, match="stop"), offload.visit(gpu, model):
         assert there.data == ("moved", gpu) and here.data is here
         raise RuntimeError("stop")
     assert there.data is there
@@ -173,7 +179,7 @@ def test_out_of_memory_says_what_to_change(training_options, tmp_path, monkeypat
     assert "memory does not suffice (CUDA out of memory)" in error
     # The first process counts, in the float32 that it ran in; another has no time to.
     assert ("\n  --mixed_precision fp16: 2" in error) == (rank == "0")
-    assert ("python -m refl.doctor, with the same options" in error) == (rank == "1")
+    assert ("python -m refl doctor, with the same options" in error) == (rank == "1")
 
 
 def test_a_model_that_cannot_be_built(options, tiny, tmp_path):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from refl import checkpoints
+from refl.system import checkpoints
 
 import psutil
 import pytest

@@ -2,8 +2,8 @@
 
 import json
 
-from refl.errors import UserError
-from refl.prompts import prompt_index, read_prompts
+from refl.system.errors import UserError
+from refl.system.prompts import prompt_index, read_prompts
 
 import pytest
 

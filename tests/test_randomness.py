@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from refl import randomness
+from refl.system import randomness
 
 import torch
 

@@ -7,9 +7,11 @@ import signal
 from collections import Counter
 
 import refl_lora
-from refl import checkpoints, diffusion
-from refl.errors import UserError
-from refl.signals import SIGNALS
+from refl.model.lora import read_metadata
+from refl.model.pipeline import load_pipeline
+from refl.system import checkpoints
+from refl.system.errors import UserError
+from refl.system.signals import SIGNALS
 
 import pytest
 import torch
@@ -84,7 +86,7 @@ def break_at(monkeypatch, module, name, call, what=Killed):
 KILLS = {
     "before anything is saved": (refl_lora, "rollout", 3),
     "in the rollout": (refl_lora, "rollout", 5),
-    "in the decoder": (diffusion, "decode", 20),
+    "in the decoder": (refl_lora, "decode", 20),
     "in the update": (refl_lora.torch.nn.utils, "clip_grad_norm_", 4),
     "in the log": (refl_lora, "step_numbers", 3),
     "in validation": (refl_lora, "validate", 2),
@@ -231,9 +233,9 @@ def test_going_on_from_a_certain_checkpoint(options, straight, tmp_path, monkeyp
 
 
 def test_a_checkpoint_is_a_lora_for_diffusers(straight, tiny):
-    pipeline = diffusion.load_pipeline(tiny / "stable-diffusion-v1-4", "ddim", torch.float32, "cpu")
+    pipeline = load_pipeline(tiny / "stable-diffusion-v1-4", "ddim", torch.float32, "cpu")
     pipeline.load_lora_weights(straight / "checkpoint-4")
-    assert diffusion.read_metadata(straight / "checkpoint-4")["step"] == 4
+    assert read_metadata(straight / "checkpoint-4")["step"] == 4
 
 
 def test_a_full_disk_does_not_stop_training(options, straight, tmp_path, monkeypatch, capsys):

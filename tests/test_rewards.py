@@ -6,8 +6,9 @@ import sys
 
 import inference_lora
 import refl_lora
-from refl import diffusion, rewards
-from refl.errors import UserError
+from refl.model.lora import add_lora
+from refl.reward import rewards
+from refl.system.errors import UserError
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def own(tmp_path, monkeypatch):
 @pytest.fixture
 def trained_lora(parts, tmp_path):
     """A LoRA's file."""
-    diffusion.add_lora(parts.unet, 2, 2, 0)
+    add_lora(parts.unet, 2, 2, 0)
     return save_lora(parts.unet, tmp_path, {"reward": "imagereward"})
 
 

@@ -9,9 +9,10 @@ import sys
 import inference
 import inference_lora
 import refl_lora
-from refl import diffusion
-from refl.board import LAYOUT
-from refl.errors import UserError
+from refl.model import drawing
+from refl.model.lora import read_metadata
+from refl.report.log import LAYOUT
+from refl.system.errors import UserError
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_a_run_writes_these_files_and_no_others(trained):
         "README.md", "curves.png", "validation_before.png", "validation_after.png",
         *(f"checkpoint-3/{name}" for name in (LORA, "optimizer.safetensors", "state.json", "checksums.json")),
     }  # fmt: skip
-    metadata = diffusion.read_metadata(trained / "world2")
+    metadata = read_metadata(trained / "world2")
     assert metadata.items() >= {
         "step": 3, "rank": 3, "lora_alpha": 6.0, "reward": "imagereward:0.9,own_rewards:red:0.1",
         "guidance_scale": 1.0, "sampler": "ddpm", "num_inference_steps": 4, "resolution": 64,
@@ -152,8 +153,8 @@ def test_only_the_lora_moves(training_options, tmp_path, monkeypatch):
         kept["before"] = {name: value.clone() for name, value in unet.state_dict().items()}
         return add_lora(unet, *arguments)
 
-    add_lora = diffusion.add_lora
-    monkeypatch.setattr(diffusion, "add_lora", remember)
+    add_lora = refl_lora.add_lora
+    monkeypatch.setattr(refl_lora, "add_lora", remember)
     run_in_process(refl_lora, monkeypatch, *training_options)
     after = {name.replace(".base_layer", ""): value for name, value in kept["unet"].state_dict().items()}
     assert all(torch.equal(after[name], value) for name, value in kept["before"].items())
@@ -270,7 +271,7 @@ def test_inference_lora_does_without_the_reward(trained, tiny, tmp_path, monkeyp
 
 
 def test_out_of_memory_halves_the_batch(tiny, tmp_path, monkeypatch):
-    generate, sizes = diffusion.generate, []
+    generate, sizes = drawing.generate, []
 
     def small_gpu(pipeline, prompts, *arguments):
         sizes.append(len(prompts))
@@ -278,7 +279,7 @@ def test_out_of_memory_halves_the_batch(tiny, tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return generate(pipeline, prompts, *arguments)
 
-    monkeypatch.setattr(diffusion, "generate", small_gpu)
+    monkeypatch.setattr(drawing, "generate", small_gpu)
     options = [weight_options(tiny)[0], "--output_dir", tmp_path, "--num_inference_steps", "2"]
     run_in_process(inference, monkeypatch, *options, "--num_images_per_prompt", "7")
     assert sizes == [7, 4, 2, 2, 2, 1]

@@ -6,10 +6,13 @@ import math
 from types import SimpleNamespace
 
 import refl_lora
-from refl import diffusion, randomness
-from refl.lean import make_lean
-from refl.rewards import WeightedRewards
-from refl.rewards import load as load_rewards
+from refl.model.ddpm import Ddpm
+from refl.model.lean import make_lean
+from refl.model.lora import add_lora
+from refl.model.stable_diffusion import decode, encode_prompts, load_stable_diffusion
+from refl.reward.rewards import WeightedRewards
+from refl.reward.rewards import load as load_rewards
+from refl.system import randomness
 
 import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
 import pytest
@@ -26,7 +29,7 @@ def build(
     """Models in `dtype` with a LoRA that is not zero, prompt embeddings, noise. `parts` stay as the libraries
     made them, with the same LoRA; `parts.base` has none."""
     parts.base = copy.deepcopy(parts.unet).to(dtype)
-    lora = diffusion.add_lora(parts.unet, rank=2, alpha=3, seed=0)
+    lora = add_lora(parts.unet, rank=2, alpha=3, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for matrix in lora:
@@ -38,9 +41,9 @@ def build(
     for model in (unet, vae):
         make_lean(model)
     lora = [matrix for matrix in unet.parameters() if matrix.requires_grad]
-    ddpm = diffusion.Ddpm(parts.scheduler_config, STEPS)
+    ddpm = Ddpm(parts.scheduler_config, STEPS)
     models = refl_lora.Models(unet, lora, vae, rewards, ddpm, guidance, lora_in_uncond)
-    embeds = torch.stack(list(diffusion.encode_prompts(parts, ["", *PROMPTS])))
+    embeds = torch.stack(list(encode_prompts(parts, ["", *PROMPTS])))
     empty, embeds = embeds[:1].expand(len(PROMPTS), -1, -1), embeds[1:]
     prompt_embeds = embeds if guidance == (1, 1) else torch.stack([empty, embeds])
     noise = randomness.noise((9, 9), range(len(PROMPTS)), (STEPS, 4, 8, 8)).to(dtype)
@@ -235,8 +238,8 @@ def test_pictures_above_the_target_give_no_gradient(parts, reward):
 def test_half_precision_keeps_the_lora_in_float32(parts, reward, tiny, dtype):
     exact_models, exact_embeds, noise = build(parts, reward)
     exact = refl_step(exact_models, exact_embeds, noise, STOP, 0.01, 2.0)
-    half_parts = diffusion.load_stable_diffusion(tiny / "stable-diffusion-v1-4", dtype, "cpu")
-    lora = diffusion.add_lora(half_parts.unet, rank=2, alpha=3, seed=0)
+    half_parts = load_stable_diffusion(tiny / "stable-diffusion-v1-4", dtype, "cpu")
+    lora = add_lora(half_parts.unet, rank=2, alpha=3, seed=0)
     with torch.no_grad():
         for matrix, value in zip(lora, exact_models.lora, strict=True):
             matrix.copy_(value)
@@ -263,7 +266,7 @@ def test_saturated_share_is_counted(parts, reward):
         )
         eps = refl_lora.predict_noise(models, latents, STOP, prompt_embeds, 1.0)
         assert torch.equal(x0, models.ddpm.predict_x0(latents, eps, STOP))
-        pictures = diffusion.decode(models.vae, x0)
+        pictures = decode(models.vae, x0)
     share = ((pictures < 0) | (pictures > 1)).double().mean().item()
     result = refl_step(models, prompt_embeds, noise, STOP, 0.01, 2.0)
     assert result.saturated.item() == pytest.approx(share, abs=1e-6)

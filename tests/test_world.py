@@ -12,10 +12,10 @@ from transformers import CLIPTokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
-from refl import imagereward  # noqa: E402
+from refl.reward import imagereward
 
-import judge  # noqa: E402
-import world  # noqa: E402
+import judge
+import world
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
-from refl.files import write_whole  # noqa: E402
+from refl.system.files import write_whole
 
-import world  # noqa: E402
+import world
 
 WORLD = "--pretrained_model_name_or_path demo/checkpoint/stable-diffusion-v1-4 --reward_path demo/checkpoint"
 # The demo's settings, but one process, which on two cores leaves room for another training.

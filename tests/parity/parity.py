@@ -121,7 +121,7 @@ class Ours:
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype):
         sys.path.insert(0, str(ROOT))
-        from refl import imagereward
+        from refl.reward import imagereward
 
         started = time.perf_counter()
         self.model = imagereward.load(folder, device, dtype)

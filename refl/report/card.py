@@ -1,8 +1,8 @@
 """The model card of a training's output folder: README.md with curves and pictures, for people and for the
 Hugging Face Hub.
 
-python -m refl.card checkpoint/refl_lora
-python -m refl.card checkpoint/refl_lora --evaluation result/evaluation
+python -m refl card checkpoint/refl_lora
+python -m refl card checkpoint/refl_lora --evaluation result/evaluation
 
 Everything is read from the folder itself; what is not there is left out. The text is card.md.jinja.
 """
@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from refl import checkpoints, diffusion
-from refl.errors import UserError, run_as_command
-from refl.files import write_whole
-from refl.prompts import read_prompts
+from refl.model.lora import KOHYA_FILE, LORA_FILE, read_metadata
+from refl.model.pipeline import SAMPLERS
+from refl.system import checkpoints
+from refl.system.errors import UserError
+from refl.system.files import write_whole
+from refl.system.prompts import read_prompts
 
 import numpy as np
 import tyro
@@ -55,7 +57,7 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
     Raises `UserError` for a folder without a LoRA, one that cannot be written, an evaluation that is none.
     """
     folder = Path(folder)
-    lora = folder / diffusion.LORA_FILE
+    lora = folder / LORA_FILE
     if not lora.is_file():
         raise UserError(f"no LoRA at {lora}; name the --output_dir of a training that is finished.")
     digest = hashlib.sha256(lora.read_bytes()).hexdigest()
@@ -99,9 +101,9 @@ def write_if_possible(folder: str | Path, evaluation: str | Path | None = None) 
 
 def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:
     """What the card says of the training, and its pictures by file name."""
-    lora = folder / diffusion.LORA_FILE
+    lora = folder / LORA_FILE
     metadata, options, state = (
-        diffusion.read_metadata(lora),
+        read_metadata(lora),
         _read_json(folder / "options.json"),
         _state(folder),
     )
@@ -119,11 +121,11 @@ def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:
         "main_options": {name: options[name] for name in main_options if name in options},
         "state": state,
         "is_sd14": _is_sd14(lora, str(metadata.get("base_model"))),
-        "sampler": getattr(diffusion.SAMPLERS.get(str(metadata.get("sampler"))), "__name__", None),
+        "sampler": getattr(SAMPLERS.get(str(metadata.get("sampler"))), "__name__", None),
         "drawing": _drawing(metadata),
         "lora_file": lora.name,
-        "kohya_file": diffusion.KOHYA_FILE,
-        "has_kohya": (folder / diffusion.KOHYA_FILE).is_file(),
+        "kohya_file": KOHYA_FILE,
+        "has_kohya": (folder / KOHYA_FILE).is_file(),
         "has_curves": bool(scalars),
         "pictures": pictures,
         "validation": _first_and_last(scalars.get("validation/reward", []), step),
@@ -323,9 +325,5 @@ def _plot_smoothed(axis: Axes, points: list) -> None:
 
 def main() -> None:
     """Write the card as asked."""
-    options = tyro.cli(Options, prog="python -m refl.card", use_underscores=True)
+    options = tyro.cli(Options, prog="python -m refl card", use_underscores=True)
     print(f"model card written: {write(options.folder, options.evaluation)}")
-
-
-if __name__ == "__main__":
-    run_as_command(main)

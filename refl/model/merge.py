@@ -1,7 +1,7 @@
 """A Stable Diffusion folder with a LoRA merged into its UNet, for whatever cannot load LoRAs.
 
-python -m refl.merge --lora_path checkpoint/refl_lora --output_dir checkpoint/merged
-python -m refl.merge --lora_scale 0.5 --output_dir checkpoint/half_merged
+python -m refl merge --lora_path checkpoint/refl_lora --output_dir checkpoint/merged
+python -m refl merge --lora_scale 0.5 --output_dir checkpoint/half_merged
 """
 
 import os
@@ -9,8 +9,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from refl import diffusion, doctor
-from refl.errors import UserError, run_as_command
+from refl.model.folder import check_model
+from refl.model.pipeline import load_lora, load_pipeline
+from refl.preflight import doctor
+from refl.system.errors import UserError
+from refl.system.files import check_output_folder
 
 import torch
 import tyro
@@ -35,12 +38,12 @@ def merge(options: Options) -> Path:
     """Write the folder; its UNet keeps the precision of the model's. Raises `UserError`."""
     source, output = Path(options.pretrained_model_name_or_path), Path(options.output_dir)
     doctor.check_weights(source, None)
-    doctor.check_model(source, 1)
+    check_model(source, 1)
     if os.path.lexists(output):
         raise UserError(f"--output_dir {output} exists; name a new folder.")
-    doctor.check_output_folder(output)
-    pipeline = diffusion.load_pipeline(source, "ddpm", torch.float32, "cpu")
-    diffusion.load_lora(pipeline, options.lora_path, 1.0)
+    check_output_folder(output)
+    pipeline = load_pipeline(source, "ddpm", torch.float32, "cpu")
+    load_lora(pipeline, options.lora_path, 1.0)
     pipeline.fuse_lora(lora_scale=options.lora_scale)
     pipeline.unload_lora_weights()
     unet = pipeline.unet.to(dtype=_dtype(source / "unet"), memory_format=torch.contiguous_format)
@@ -71,9 +74,5 @@ def _dtype(folder: Path) -> torch.dtype:
 
 def main() -> None:
     """Merge as asked."""
-    options = tyro.cli(Options, prog="python -m refl.merge", use_underscores=True)
+    options = tyro.cli(Options, prog="python -m refl merge", use_underscores=True)
     print(f"{options.lora_path} x {options.lora_scale:g} merged into {merge(options)}")
-
-
-if __name__ == "__main__":
-    run_as_command(main)

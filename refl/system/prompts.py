@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from refl import randomness
-from refl.errors import UserError
+from refl.system import randomness
+from refl.system.errors import UserError
 
 TEXT_KEYS = ("text", "prompt", "caption")
 

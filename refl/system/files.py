@@ -2,8 +2,11 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from refl.system.errors import UserError
 
 SAMPLES, SAMPLE_SIZE = 64, 4096  # of a large file, bytes
 
@@ -46,3 +49,22 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_output_folder(folder: str | Path) -> Path:
+    """`folder` exists or can be made, and a file can be written in it; returns what there is of it."""
+    folder = Path(folder)
+    if "\0" in str(folder):
+        raise UserError(f"{str(folder)!r} cannot be used for output: a name has no null in it.")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise UserError(f"{folder} cannot be used for output: {existing} is not a folder.")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror} ({existing}).") from error
+    return existing
+
+
+# -------------------------------------------------------------------------------------------- checks of a run

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from refl import imagereward
-from refl.errors import UserError, is_first_process
+from refl.reward import imagereward
+from refl.system.errors import UserError, is_first_process
 
 import torch
 from torch import Tensor, nn

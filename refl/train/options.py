@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from refl.errors import UserError
+from refl.system.errors import UserError
 
 
 @dataclass

@@ -2,10 +2,8 @@
 
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from refl.errors import UserError
+from refl.system.errors import UserError
 
 import torch
 
@@ -26,30 +24,6 @@ def find(name: str | None) -> torch.device:
             f"--device {name}: not a device that can be used on this machine ({reason})."
         ) from error
     return device
-
-
-@contextmanager
-def visit(device: torch.device, *models: torch.nn.Module) -> Iterator[None]:
-    """What `models` keep elsewhere is on `device` for a block, and then where it was, as it was: it must not
-    be changed there."""
-    home = {}
-    try:
-        for model in models:
-            for tensor in (*model.parameters(), *model.buffers()):
-                if tensor.device.type != device.type:
-                    home[tensor] = tensor.data
-                    tensor.data = tensor.data.to(device, non_blocking=True)
-        yield
-    finally:
-        for tensor, data in home.items():
-            tensor.data = data
-
-
-def pin(model: torch.nn.Module) -> None:
-    """Let what `model` keeps on the CPU be memory that a GPU copies fastest."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.pin_memory()
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """`accelerate launch` that ends with the script's own exit code and shows no traceback of its own.
 
-python -m refl.launch --multi_gpu --num_processes 2 refl_lora.py ...
+python -m refl launch --multi_gpu --num_processes 2 refl_lora.py ...
 """
 
 import logging
@@ -32,7 +32,3 @@ def main() -> None:
             reason = ", which is what happens when the machine's memory runs out" if name == "SIGKILL" else ""
             sys.exit(f"error: process {rank} was ended by {name}{reason}. The others were stopped.")
         sys.exit(first.exitcode)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from refl.errors import UserError
-from refl.prompts import json_lines
+from refl.system.errors import UserError
+from refl.system.prompts import json_lines
 
 import numpy as np
 import torch

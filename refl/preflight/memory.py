@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from refl import diffusion, imagereward, rewards
-from refl.lean import make_lean
+from refl.model.lean import make_lean
+from refl.model.lora import add_lora
+from refl.model.stable_diffusion import decode, not_loadable, vae_factor
+from refl.reward import imagereward, rewards
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -74,7 +76,7 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
             if options.gradient_checkpointing or options.low_memory:
                 model.enable_gradient_checkpointing()
         lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-        side = resolution // diffusion.vae_factor(vae)
+        side = resolution // vae_factor(vae)
         is_guided = options.guidance_scale != 1 and options.lora_in_uncond  # else one half after the other
 
         def predict_noise(size: int, guidance_in: str) -> Tensor:
@@ -92,7 +94,7 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
         def decoder_and_reward() -> None:
             size = options.decode_batch_size
             x0 = torch.empty(size, unet.config.in_channels, side, side, requires_grad=True)
-            pictures = diffusion.decode(vae, x0).clamp(0, 1)
+            pictures = decode(vae, x0).clamp(0, 1)
             torch.autograd.grad(score(reward, pictures) if is_trained_on else pictures.mean(), x0)
 
         def gradient() -> None:
@@ -130,9 +132,9 @@ def without_content(
             vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
             for model in (unet, vae):
                 model.requires_grad_(False)
-            diffusion.add_lora(unet, rank, rank, 0)
+            add_lora(unet, rank, rank, 0)
     except Exception as error:  # whatever configurations of another model make of it
-        raise diffusion.not_loadable(folder, error) from error
+        raise not_loadable(folder, error) from error
     vae.encoder = None
     reward = imagereward.load(reward_path) if reward_path else None
     dtypes = {unet: dtype, vae: torch.float32 if dtype == torch.float16 else dtype}

@@ -1,15 +1,19 @@
-"""Scores of picture files from the shell: python -m refl.imagereward "a red fox" *.png"""
+"""Scores of picture files from the shell: python -m refl score "a red fox" *.png"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from refl import devices, doctor, imagereward
-from refl.errors import UserError, run_as_command
+from refl.preflight import doctor
+from refl.reward import imagereward
+from refl.system import devices
+from refl.system.errors import UserError
 
 import torch
 import tyro
 from tqdm import tqdm
+
+MEMORY_ADVICE = "Try a lower --batch_size, another GPU, or --device cpu."
 
 
 @dataclass
@@ -33,7 +37,7 @@ class Options:
 @torch.no_grad()
 def main() -> None:
     """A table of the pictures named on the command line."""
-    options = tyro.cli(Options, prog="python -m refl.imagereward", use_underscores=True)
+    options = tyro.cli(Options, prog="python -m refl score", use_underscores=True)
     if not options.pictures:
         raise UserError("name one picture or more, after the prompt.")
     if options.batch_size < 1:
@@ -64,7 +68,3 @@ def main() -> None:
         print(f"{place:4}  {score:+.3f}  {path}")
     if unreadable:
         raise UserError(" ".join(unreadable))
-
-
-if __name__ == "__main__":
-    run_as_command(main, lambda: "Try a lower --batch_size, another GPU, or --device cpu.")

@@ -5,7 +5,7 @@
     scorer.rank("a red fox", ["1.png", "2.png"])     # places, 1 is the best, and scores
     scorer(images, prompts)                          # tensors in [0, 1]; differentiable
 
-    python -m refl.imagereward "a red fox" *.png     # the same as a table
+    python -m refl score "a red fox" *.png     # the same as a table
 
 A BLIP vision tower reads the picture, a BERT with cross attention reads the prompt while looking at the
 picture, and a linear head turns the feature of the first token into a score. `ImageReward.pt` is loaded as
@@ -24,7 +24,7 @@ from os import PathLike
 from pathlib import Path
 from textwrap import shorten
 
-from refl.errors import UserError, is_first_process
+from refl.system.errors import UserError, is_first_process
 
 import numpy as np
 import torch

@@ -1,20 +1,17 @@
 """Every check that can fail before anything is loaded; training makes them first.
 
-python -m refl.doctor                                          # a table of what is right, doubtful, wrong
-python -m refl.doctor --output_dir elsewhere --rank 16         # the same options as for training
+python -m refl doctor                                          # a table of what is right, doubtful, wrong
+python -m refl doctor --output_dir elsewhere --rank 16         # the same options as for training
 
 Each check returns what it found, or raises `Doubt` with what to look at or `UserError` with what to do. None
 reads weights beyond the headers of their files.
 """
 
-import json
-import math
 import os
 import re
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,20 +19,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from refl.errors import UserError, run_as_command
-from refl.options import Options as TrainingOptions
-from refl.options import check_values, saved_arguments
-from refl.prompts import read_prompts
-
-from safetensors import SafetensorError, safe_open
-
-_UNET = tuple(
-    f"diffusion_pytorch_model{ending}" for ending in (".safetensors", ".bin", ".safetensors.index.json")
+from refl.model.folder import (
+    MODEL_PARTS,
+    WEIGHT_FILES,
+    check_model,
+    count_weights,
+    read_config,
+    resolution_of,
 )
-_CLIP = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
-# The files that are loaded, not their variants.
-WEIGHT_FILES = {"unet": _UNET, "vae": _UNET, "text_encoder": _CLIP}
-MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+from refl.system import devices
+from refl.system.errors import UserError
+from refl.system.files import check_output_folder
+from refl.system.prompts import read_prompts
+from refl.train.options import Options as TrainingOptions
+from refl.train.options import check_values, saved_arguments
 
 
 def check_weights(model_folder: str | Path, reward_folder: str | Path | None) -> None:
@@ -79,78 +76,6 @@ def _require(wanted: dict[Path, str]) -> None:
         raise UserError("weights are missing:\n" + "\n".join(missing) + "\nSee checkpoint/README.md.")
 
 
-def check_model(folder: str | Path, num_inference_steps: int) -> None:
-    """`folder` holds a text-to-image model in diffusers' layout that can denoise in so many steps."""
-    folder = Path(folder)
-    unet, vae, text_encoder = (read_config(folder, part) for part in ("unet", "vae", "text_encoder"))
-    for part, names in WEIGHT_FILES.items():
-        if not any((folder / part / name).exists() for name in names):
-            raise UserError(f"{folder / part} holds no weights: {names[0]}, or {names[1]}.")
-    channels = (unet.get("in_channels", 4), vae.get("latent_channels", 4))
-    widths = (unet.get("cross_attention_dim"), text_encoder.get("hidden_size"))
-    if channels[0] != channels[1] or widths[0] != widths[1]:
-        raise UserError(
-            f"{folder} is not a text-to-image model like Stable Diffusion 1: the UNet takes "
-            f"{channels[0]} channels and text of width {widths[0]}, VAE and text encoder give "
-            f"{channels[1]} and {widths[1]}."
-        )
-    timesteps = read_config(folder, "scheduler", "scheduler_config.json").get("num_train_timesteps", 1000)
-    if num_inference_steps > timesteps:
-        raise UserError(f"--num_inference_steps {num_inference_steps}: this model has {timesteps} timesteps.")
-
-
-def read_config(folder: str | Path, part: str, name: str = "config.json") -> dict:
-    """`folder`/`part`/`name`, an object in JSON."""
-    path = Path(folder) / part / name
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a configuration: expected an object.")
-    return config
-
-
-def resolution_of(folder: str | Path, resolution: int | None) -> int:
-    """Pixels a side: as asked, or the model's own. Raises if the UNet cannot halve the latents as often as it
-    must."""
-    unet, vae = read_config(folder, "unet"), read_config(folder, "vae")
-    try:
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-        resolution = int(unet["sample_size"]) * factor if resolution is None else resolution
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder}: the configuration of unet or vae is not one of Stable Diffusion ({error})."
-        ) from error
-    if resolution <= 0 or resolution % multiple:
-        lower = max(multiple, resolution // multiple * multiple)
-        raise UserError(
-            f"--resolution {resolution}: this model takes multiples of {multiple} pixels, such as {lower} or "
-            f"{lower + multiple}."
-        )
-    return resolution
-
-
-def check_output_folder(folder: str | Path) -> Path:
-    """`folder` exists or can be made, and a file can be written in it; returns what there is of it."""
-    folder = Path(folder)
-    if "\0" in str(folder):
-        raise UserError(f"{str(folder)!r} cannot be used for output: a name has no null in it.")
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise UserError(f"{folder} cannot be used for output: {existing} is not a folder.")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror} ({existing}).") from error
-    return existing
-
-
-# -------------------------------------------------------------------------------------------- checks of a run
-
-
 class Doubt(Exception):
     """Something that may go well. Training does not stop for it."""
 
@@ -172,7 +97,7 @@ def check_options(options: TrainingOptions) -> str:
 
 def check_versions(options: Any) -> str:
     """The libraries are those that were tested together."""
-    requirements = Path(__file__).parents[1] / "requirements.txt"
+    requirements = Path(__file__).parents[2] / "requirements.txt"
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", requirements.read_text(), re.M))
     found = {}
     for name in pins:
@@ -197,7 +122,7 @@ def check_files(options: Any) -> str:
 
 def _rewards(options: Any) -> list[str]:
     """Names of the rewards that are trained on and held out; raises `UserError` if one is both."""
-    from refl import rewards  # only here: its libraries may be what is wrong
+    from refl.reward import rewards  # only here: its libraries may be what is wrong
 
     trained, held_out = rewards.parse(options.reward), rewards.parse_held_out(options.held_out_reward)
     if both := trained.keys() & held_out.keys():
@@ -229,9 +154,9 @@ def check_prompts(options: Any) -> str:
     counts = [len(read_prompts(path)) for path in (options.prompts, options.validation_prompts)]
     text = f"{counts[0]} to train on, {counts[1]} to validate with"
     if options.pretrain_data:
-        from refl import pictures  # only here: its libraries may be what is wrong
+        from refl.train import captioned  # only here: its libraries may be what is wrong
 
-        text += f"; {len(pictures.read_captioned(options.pretrain_data))} pictures with captions"
+        text += f"; {len(captioned.read_captioned(options.pretrain_data))} pictures with captions"
     return text
 
 
@@ -262,7 +187,7 @@ def check_devices(options: Any) -> str:
 
 def check_memory(options: Any) -> str:
     """The GPUs' free memory, and whether the options fit into it. Takes some of it until the process ends."""
-    from refl import memory
+    from refl.preflight import memory
 
     import torch
 
@@ -285,7 +210,7 @@ def check_memory(options: Any) -> str:
 
 def memory_advice(options: Any) -> str:
     """What to do when the GPU's memory does not suffice."""
-    from refl import memory
+    from refl.preflight import memory
 
     ways = memory.advice(options, *_dtype_and_resolution(options))
     others = "Choose other GPUs by CUDA_VISIBLE_DEVICES, or a lower --resolution"
@@ -294,7 +219,6 @@ def memory_advice(options: Any) -> str:
 
 def _dtype_and_resolution(options: Any) -> tuple[Any, int]:
     """Of the frozen models and the pictures: as asked for, as launched, or as train_refl_lora.sh chooses."""
-    from refl import devices
 
     import torch
 
@@ -335,17 +259,6 @@ CHECKS: dict[str, Callable[[Any], str]] = {
 }
 
 
-def count_weights(file: Path) -> int:
-    """Weights in a .safetensors file, by its header; raises `UserError` for one that is not whole."""
-    try:
-        with safe_open(file, framework="np") as tensors:
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file} is damaged or is not a safetensors file ({error}). Copy it again."
-        ) from error
-
-
 def check(options: Any, is_training: bool) -> None:
     """What `refl_lora.py` asks for; raises the first `UserError`.
 
@@ -367,7 +280,7 @@ def main() -> None:
     import tyro
 
     read = partial(
-        tyro.cli, Options, prog="python -m refl.doctor", use_underscores=True, return_unknown_args=True
+        tyro.cli, Options, prog="python -m refl doctor", use_underscores=True, return_unknown_args=True
     )
     options, others = read()
     if options.options_file:
@@ -384,7 +297,3 @@ def main() -> None:
             status, found, failed = "FAIL", str(error), True
         print(f"{status}  {name:<9}  " + found.replace("\n", "\n" + " " * 17))
     sys.exit(2 if failed else 0)
-
-
-if __name__ == "__main__":
-    run_as_command(main)

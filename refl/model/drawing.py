@@ -5,9 +5,14 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, TypeVar
 
-from refl import board, devices, diffusion, doctor
-from refl.errors import UserError, is_first_process
-from refl.prompts import read_prompts
+from refl.model.folder import check_model, resolution_of
+from refl.model.lora import read_metadata
+from refl.model.pipeline import generate, load_pipeline
+from refl.system import devices
+from refl.system.errors import UserError, is_first_process
+from refl.system.files import check_output_folder
+from refl.system.images import to_pil
+from refl.system.prompts import read_prompts
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -88,9 +93,9 @@ def check_pictures(options: PictureOptions) -> None:
             raise UserError(f"--{name} {getattr(options, name)}: must be 1 or more.")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: must be 0 or more.")
-    doctor.check_model(options.pretrained_model_name_or_path, options.num_inference_steps)
-    doctor.resolution_of(options.pretrained_model_name_or_path, options.resolution)
-    doctor.check_output_folder(options.output_dir)
+    check_model(options.pretrained_model_name_or_path, options.num_inference_steps)
+    resolution_of(options.pretrained_model_name_or_path, options.resolution)
+    check_output_folder(options.output_dir)
 
 
 def settle(options: Settled, lora_paths: Sequence[str]) -> Settled:
@@ -100,7 +105,7 @@ def settle(options: Settled, lora_paths: Sequence[str]) -> Settled:
     """
     trained = {}
     for path in lora_paths:
-        metadata = diffusion.read_metadata(path)
+        metadata = read_metadata(path)
         trained[path] = {name: metadata[name] for name in AS_TRAINED if name in metadata}
     if options.as_trained:
         first, *others = trained
@@ -131,7 +136,7 @@ def pipeline(options: PictureOptions) -> StableDiffusionPipeline:
     """The pipeline that the options ask for."""
     device = devices.find(options.device)
     dtype = DTYPES[precision(options, device)]
-    return diffusion.load_pipeline(options.pretrained_model_name_or_path, options.sampler, dtype, device)
+    return load_pipeline(options.pretrained_model_name_or_path, options.sampler, dtype, device)
 
 
 def precision(options: PictureOptions, device: torch.device) -> str:
@@ -157,7 +162,7 @@ def draw_each(
     while done < len(wanted):
         prompts, seeds = zip(*wanted[done : done + batch_size], strict=True)
         try:
-            pictures = diffusion.generate(pipeline, prompts, seeds, steps, guidance, resolution)
+            pictures = generate(pipeline, prompts, seeds, steps, guidance, resolution)
         except torch.OutOfMemoryError:
             if len(prompts) == 1:
                 raise
@@ -167,6 +172,6 @@ def draw_each(
             batch_size = (len(prompts) + 1) // 2
             bar.write(f"out of memory; going on with {batch_size} pictures at once")
             continue
-        yield from map(board.to_pil, pictures)
+        yield from map(to_pil, pictures)
         done += len(prompts)
         bar.update(len(prompts))

@@ -1,0 +1,81 @@
+"""Check a model's folder in diffusers' layout by its configurations and file headers; load no weights."""
+
+import json
+import math
+from pathlib import Path
+
+from refl.system.errors import UserError
+
+from safetensors import SafetensorError, safe_open
+
+_UNET = tuple(
+    f"diffusion_pytorch_model{ending}" for ending in (".safetensors", ".bin", ".safetensors.index.json")
+)
+_CLIP = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
+# The files that are loaded, not their variants.
+WEIGHT_FILES = {"unet": _UNET, "vae": _UNET, "text_encoder": _CLIP}
+MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+
+
+def check_model(folder: str | Path, num_inference_steps: int) -> None:
+    """`folder` holds a text-to-image model in diffusers' layout that can denoise in so many steps."""
+    folder = Path(folder)
+    unet, vae, text_encoder = (read_config(folder, part) for part in ("unet", "vae", "text_encoder"))
+    for part, names in WEIGHT_FILES.items():
+        if not any((folder / part / name).exists() for name in names):
+            raise UserError(f"{folder / part} holds no weights: {names[0]}, or {names[1]}.")
+    channels = (unet.get("in_channels", 4), vae.get("latent_channels", 4))
+    widths = (unet.get("cross_attention_dim"), text_encoder.get("hidden_size"))
+    if channels[0] != channels[1] or widths[0] != widths[1]:
+        raise UserError(
+            f"{folder} is not a text-to-image model like Stable Diffusion 1: the UNet takes "
+            f"{channels[0]} channels and text of width {widths[0]}, VAE and text encoder give "
+            f"{channels[1]} and {widths[1]}."
+        )
+    timesteps = read_config(folder, "scheduler", "scheduler_config.json").get("num_train_timesteps", 1000)
+    if num_inference_steps > timesteps:
+        raise UserError(f"--num_inference_steps {num_inference_steps}: this model has {timesteps} timesteps.")
+
+
+def read_config(folder: str | Path, part: str, name: str = "config.json") -> dict:
+    """`folder`/`part`/`name`, an object in JSON."""
+    path = Path(folder) / part / name
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a configuration: expected an object.")
+    return config
+
+
+def resolution_of(folder: str | Path, resolution: int | None) -> int:
+    """Pixels a side: as asked, or the model's own. Raises if the UNet cannot halve the latents as often as it
+    must."""
+    unet, vae = read_config(folder, "unet"), read_config(folder, "vae")
+    try:
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+        resolution = int(unet["sample_size"]) * factor if resolution is None else resolution
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}: the configuration of unet or vae is not one of Stable Diffusion ({error})."
+        ) from error
+    if resolution <= 0 or resolution % multiple:
+        lower = max(multiple, resolution // multiple * multiple)
+        raise UserError(
+            f"--resolution {resolution}: this model takes multiples of {multiple} pixels, such as {lower} or "
+            f"{lower + multiple}."
+        )
+    return resolution
+
+
+def count_weights(file: Path) -> int:
+    """Weights in a .safetensors file, by its header; raises `UserError` for one that is not whole."""
+    try:
+        with safe_open(file, framework="np") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is damaged or is not a safetensors file ({error}). Copy it again."
+        ) from error

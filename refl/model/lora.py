@@ -1,0 +1,119 @@
+"""LoRA (Hu et al. 2021): added to a UNet, packed, unpacked, converted; its files and their metadata."""
+
+import json
+from pathlib import Path
+
+from refl.system.errors import UserError
+
+import torch
+from diffusers import (
+    UNet2DConditionModel,
+)
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention, self and cross
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds it in a folder
+KOHYA_FILE = "kohya_lora.safetensors"
+METADATA_KEY = "refl"  # our entry of the file's metadata, JSON
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, seed: int) -> list[torch.nn.Parameter]:
+    """Put a LoRA (Hu et al. 2021) into the attention layers, initially zero; returns its matrices, float32,
+    trainable."""
+    torch.manual_seed(seed)
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS))
+    )
+    cast_training_params(unet, torch.float32)
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def pack_lora(unet: UNet2DConditionModel, metadata: dict) -> bytes:
+    """The LoRA as a safetensors file in diffusers' format; the same LoRA is the same bytes.
+
+    `metadata` goes into the file beside what diffusers needs to restore rank and alpha.
+    """
+    adapter = {f"unet.{key}": value for key, value in unet.peft_config["default"].to_dict().items()}
+    about = {
+        LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True, default=sorted),
+        METADATA_KEY: json.dumps(metadata, sort_keys=True),
+    }
+    return _pack(_lora_weights(unet), about)
+
+
+def to_kohya(content: bytes) -> bytes:
+    """What `pack_lora` made, in kohya's format, which A1111 and ComfyUI read as well."""
+    length = int.from_bytes(content[:8], "little")
+    about = json.loads(content[8 : 8 + length])["__metadata__"]
+    adapter = json.loads(about[LORA_ADAPTER_METADATA_KEY])
+    rank, alpha = adapter["unet.r"], float(adapter["unet.lora_alpha"])
+    names = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B."}  # what the converter takes
+    weights = load(content)
+    for theirs, peft in names.items():
+        weights = {key.replace(theirs, peft): value for key, value in weights.items()}
+    weights = convert_state_dict_to_kohya(weights)
+    for key in weights:
+        if key.endswith(".alpha"):  # the converter writes the rank
+            weights[key] = torch.tensor(alpha)
+    about = {
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_alpha": str(alpha),
+        "ss_network_dim": str(rank),
+        "ss_network_module": "networks.lora",
+        METADATA_KEY: about[METADATA_KEY],
+    }
+    return _pack(weights, about)
+
+
+def _pack(weights: dict[str, Tensor], about: dict[str, str]) -> bytes:
+    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    content = save(tensors, metadata={"format": "pt"} | about)
+    # safetensors writes the metadata in random order.
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
+@torch.no_grad()
+def unpack_lora(unet: UNet2DConditionModel, content: bytes) -> None:
+    """Put the values of `pack_lora` into the LoRA that `unet` already carries; raises `UserError` if they do
+    not fit."""
+    saved, weights = load(content), _lora_weights(unet)
+    if {key: value.shape for key, value in saved.items()} != {key: w.shape for key, w in weights.items()}:
+        raise UserError("the checkpoint's LoRA was made for another model; take another --output_dir.")
+    for key, value in weights.items():
+        value.copy_(saved[key])
+
+
+def _lora_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:  # the matrices themselves, not copies
+    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    return {f"unet.{key}": value for key, value in weights.items()}
+
+
+def lora_file(path: str | Path) -> Path:
+    """The LoRA's file, given itself or its folder; raises `UserError` when there is none."""
+    path = Path(path)
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no LoRA at {file}. Train one (bash train_refl_lora.sh), or name another.")
+    return file
+
+
+def read_metadata(path: str | Path) -> dict:
+    """What `pack_lora` wrote about a LoRA; {} for one from elsewhere."""
+    file = lora_file(path)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            metadata = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged or is not a safetensors file ({error}).") from error
+    return metadata if isinstance(metadata, dict) else {}

@@ -1,0 +1,134 @@
+"""Draw images with diffusers' pipeline, with or without a LoRA."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+from refl.model.lean import lora_off, make_lean
+from refl.model.lora import lora_file, read_metadata
+from refl.model.stable_diffusion import decode, load_stable_diffusion, vae_factor
+from refl.system.errors import UserError
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+from torch import Tensor
+
+SAMPLERS = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+}
+
+
+def load_lora(
+    pipeline: StableDiffusionPipeline, path: str | Path, scale: float, in_uncond: bool = True
+) -> None:
+    """Put a LoRA in diffusers' (or kohya's) format into the pipeline at `scale`, in the place of another; not
+    `in_uncond`: guidance takes the prediction for the empty prompt from the model without it."""
+    file = lora_file(path)
+    read_metadata(file)
+    unload_lora(pipeline)
+    try:
+        pipeline.load_lora_weights(
+            file.parent, weight_name=file.name, adapter_name="default", local_files_only=True
+        )
+        pipeline.set_adapters("default", scale)
+        make_lean(pipeline.unet)
+        if not in_uncond:
+            pipeline.unet.forward = partial(_without_lora_in_uncond, pipeline, pipeline.unet.forward)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{file} does not fit this model; it was made for another architecture ({reason})."
+        ) from error
+
+
+def unload_lora(pipeline: StableDiffusionPipeline) -> None:
+    """Let the pipeline be as it was without a LoRA."""
+    pipeline.unload_lora_weights()
+    vars(pipeline.unet).pop("forward", None)
+
+
+def _without_lora_in_uncond(
+    pipeline: StableDiffusionPipeline, forward: Callable, sample: Tensor, t: Tensor,
+    encoder_hidden_states: Tensor, **options,
+) -> tuple[Tensor]:  # fmt: skip
+    """The UNet as the pipeline calls it: in guidance the first half of the rows is for the empty prompt."""
+    if not pipeline.do_classifier_free_guidance:
+        return forward(sample, t, encoder_hidden_states=encoder_hidden_states, **options)
+    rows = list(zip(sample.chunk(2), encoder_hidden_states.chunk(2), strict=True))
+    eps = []
+    for (own, embeds), context in zip(rows, (lora_off(pipeline.unet), nullcontext()), strict=True):
+        with context:
+            eps.append(forward(own, t, encoder_hidden_states=embeds, **options)[0])
+    return (torch.cat(eps),)
+
+
+# -------------------------------------------------------------------------------------------------- inference
+
+
+def load_pipeline(
+    folder: str | Path, sampler: str, dtype: torch.dtype, device: str | torch.device
+) -> StableDiffusionPipeline:
+    """diffusers' pipeline with one of `SAMPLERS`; decodes in float32 where `dtype` is float16, picture by
+    picture."""
+    parts = load_stable_diffusion(folder, dtype, device)
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=SAMPLERS[sampler].from_config(parts.scheduler_config, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def generate(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+    resolution: int | None = None,
+) -> Tensor:
+    """Pictures (B, 3, H, W) float32 in [0, 1] on the CPU, one for each prompt and its seed.
+
+    A seed stands for one noise on every device and in every batch. Decoded one at a time, so that memory does
+    not grow with the batch.
+    """
+    unet, factor = pipeline.unet, vae_factor(pipeline.vae)
+    side = resolution // factor if resolution else unet.config.sample_size
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = [
+        torch.randn(unet.config.in_channels, side, side, generator=generator) for generator in generators
+    ]
+    latents = pipeline(
+        list(prompts),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        height=side * factor,
+        width=side * factor,
+        latents=torch.stack(noise).to(
+            unet.dtype
+        ),  # drawn in float32: half precision would draw other numbers
+        generator=generators,
+        output_type="latent",
+    ).images
+    return torch.cat([decode(pipeline.vae, latent[None]).clamp(0, 1).cpu() for latent in latents])

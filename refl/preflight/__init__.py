@@ -1,0 +1,1 @@
+"""Checks that run before training: the doctor and the memory count."""

@@ -1,0 +1,1 @@
+"""Reward models: their contract, weighted sums, ImageReward."""

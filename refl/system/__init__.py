@@ -1,0 +1,1 @@
+"""What knows nothing of models: errors, files, signals, devices, launching, randomness, prompts."""
