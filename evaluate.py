@@ -1,4 +1,4 @@
-"""Base model against LoRAs on prompts, several pictures of each, from the same noise: what became better,
+"""Base model against LoRAs on prompts, several images of each, from the same noise: what became better,
 what worse, and how sure that is.
 
 python evaluate.py                                      -> result/evaluation/report.html, evaluation.json, ...
@@ -6,8 +6,8 @@ python evaluate.py --lora_paths checkpoint/refl_lora checkpoint/refl_lora/checkp
 python evaluate.py --sweep_lora_scale 0,0.5,1,1.5 --sweep_guidance 1,3,7.5
 python -m refl launch --multi_gpu --num_processes 2 evaluate.py     each process draws its share, on one disk
 
-The same command again goes on: pictures that are there are not drawn again. Other LoRAs, scales, guidances,
-more prompts and more pictures of each may be added in the same way. Scores are always taken anew: that costs
+The same command again goes on: images that are there are not drawn again. Other LoRAs, scales, guidances,
+more prompts and more images of each may be added in the same way. Scores are always taken anew: that costs
 a hundredth of the drawing, and a reward of one's own may have been edited.
 """
 
@@ -39,7 +39,7 @@ from refl.reward import rewards
 from refl.system import devices
 from refl.system.errors import UserError, is_first_process, run_as_command
 from refl.system.files import fingerprint, write_whole
-from refl.system.images import save_picture, to_tensor
+from refl.system.images import save_image, to_tensor
 from refl.system.prompts import read_prompts
 
 import numpy as np
@@ -52,7 +52,7 @@ from PIL import Image
 from tqdm import tqdm
 
 REWARD, SATURATED, DIVERSITY = "reward", "saturated", "diversity"  # measures besides the rewards' own names
-SETTINGS = "settings.json"  # what decides the pictures in an output folder
+SETTINGS = "settings.json"  # what decides the images in an output folder
 FEW_PROMPTS = 10  # fewer make intervals too narrow
 SHOWN_PAIRS = 8  # in each part of the report
 GRID_PAIRS, GRID_COLUMNS = 12, 6
@@ -60,19 +60,19 @@ MAX_WAIT = timedelta(days=7)  # for a slower process; one that has ended is noti
 
 
 @dataclass
-class Options(drawing.LoraOptions, drawing.PictureOptions):
-    """Compare the model with and without LoRAs, picture by picture from the same noise, and report it."""
+class Options(drawing.LoraOptions, drawing.ImageOptions):
+    """Compare the model with and without LoRAs, image by image from the same noise, and report it."""
 
     lora_paths: tuple[str, ...] = ("checkpoint/refl_lora",)
-    """LoRAs for this model, files or folders; the report shows pictures of the first."""
+    """LoRAs for this model, files or folders; the report shows images of the first."""
     prompts: str = "data/held_out_prompts.txt"
     """Prompts, best those that training never saw: a .txt, .json, .jsonl or .csv file."""
     num_prompts: int | None = None
     """How many of them, from the first on; None: all."""
     num_images_per_prompt: int = 4
-    """Pictures of each prompt, by each model."""
+    """Images of each prompt, by each model."""
     seed: int = 0
-    """What all noise follows from, for each prompt and picture anew, the same for every model."""
+    """What all noise follows from, for each prompt and image anew, the same for every model."""
     reward: str = "imagereward"
     """The reward, as in training: one or a weighted sum."""
     held_out_reward: str | None = None
@@ -84,9 +84,9 @@ class Options(drawing.LoraOptions, drawing.PictureOptions):
     sweep_guidance: str | None = None
     """Guidances such as 1,3,7.5 in place of --guidance_scale."""
     tie_margin: float = 0.01
-    """Scores of two pictures that differ by no more than this are a tie."""
+    """Scores of two images that differ by no more than this are a tie."""
     output_dir: str = "result/evaluation"
-    """Where report.html, evaluation.json, pictures.csv, prompts.csv, grid.png and pictures/ go."""
+    """Where report.html, evaluation.json, images.csv, prompts.csv, grid.png and images/ go."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,18 @@ class Lora:
 
 @dataclass(frozen=True)
 class Case:
-    """A way to draw the pictures: the base model, or a LoRA at a scale."""
+    """A way to draw the images: the base model, or a LoRA at a scale."""
 
     name: str
-    folder: str  # in pictures/; what decides its pictures is in its name
+    folder: str  # in images/; what decides its images is in its name
     lora: Lora | None
     lora_scale: float
     guidance_scale: float
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of a case."""
+class Sample:
+    """One image of a case."""
 
     case: Case
     prompt_index: int
@@ -139,23 +139,21 @@ def main() -> None:
     placed, quiet = replace(options, device=str(device)), not state.is_main_process
     settings = check_settings(options, prompts, device)
 
-    # ---- pictures that are not there yet; each process draws its share
-    pictures = [
-        Picture(
-            case, i, j, picture_seed(options.seed, i, j), output / "pictures" / case.folder / f"{i}_{j}.png"
-        )
+    # ---- images that are not there yet; each process draws its share
+    samples = [
+        Sample(case, i, j, image_seed(options.seed, i, j), output / "images" / case.folder / f"{i}_{j}.png")
         for case in cases
         for i in range(len(prompts))
         for j in range(options.num_images_per_prompt)
     ]
-    missing = [picture for picture in pictures if not picture.file.exists()]
+    missing = [sample for sample in samples if not sample.file.exists()]
     with together():
         state.wait_for_everyone()  # all have looked before one draws
     scorers = load_scorers(placed, prompts)
     if state.is_main_process:
         with writing(output):
             for case in cases:
-                (output / "pictures" / case.folder).mkdir(parents=True, exist_ok=True)
+                (output / "images" / case.folder).mkdir(parents=True, exist_ok=True)
             write_whole(output / SETTINGS, json.dumps(settings, indent=2) + "\n")
     with together():
         state.wait_for_everyone()
@@ -166,7 +164,7 @@ def main() -> None:
     # ---- scores
     names = [REWARD, *(trained if len(trained) > 1 else ()), *held_out]
     by_prompt = [
-        list(group) for _, group in groupby(pictures, lambda picture: (picture.case, picture.prompt_index))
+        list(group) for _, group in groupby(samples, lambda sample: (sample.case, sample.prompt_index))
     ]
     scores, diversity = score(share(by_prompt, state), scorers, prompts, names, placed, quiet)
     with together():
@@ -189,7 +187,7 @@ def main() -> None:
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "seconds": round(time.perf_counter() - started, 1),
-        "seconds_drawing_per_picture": round(sum(seconds) / len(missing), 3) if missing else None,
+        "seconds_drawing_per_image": round(sum(seconds) / len(missing), 3) if missing else None,
         "options": asdict(options),
         "num_prompts": len(prompts),
         "num_images_per_prompt": options.num_images_per_prompt,
@@ -201,13 +199,13 @@ def main() -> None:
 
     # ---- reports
     with writing(output):
-        write_whole(output / "pictures.csv", table_of_pictures(pictures, prompts, values))
+        write_whole(output / "images.csv", table_of_images(samples, prompts, values))
         write_whole(output / "prompts.csv", table_of_prompts(cases, bases, prompts, of_prompts))
         write_whole(output / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-        save_picture(
-            grid(cases, shown, bases, pictures, prompts, values, [REWARD, *held_out[:1]]), output / "grid.png"
+        save_image(
+            grid(cases, shown, bases, samples, prompts, values, [REWARD, *held_out[:1]]), output / "grid.png"
         )
-        pairs = choose_pairs(shown, bases, pictures, prompts, values, names)
+        pairs = choose_pairs(shown, bases, samples, prompts, values, names)
         difference = (values[REWARD][shown] - values[REWARD][bases[shown]]).ravel()
         write_whole(output / "report.html", page.render(evaluation, shown, difference, pairs))
     print(page.text(evaluation, shown))
@@ -227,7 +225,7 @@ def main() -> None:
 
 def check(options: Options) -> list[str]:
     """The prompts, once each; raises `UserError` for options that cannot be. Loads nothing."""
-    drawing.check_pictures(options)
+    drawing.check_images(options)
     if options.num_prompts is not None and options.num_prompts < 1:
         raise UserError(f"--num_prompts {options.num_prompts}: must be 1 or more, or None for all.")
     if not options.tie_margin >= 0:
@@ -307,7 +305,7 @@ def find_shown(cases: Sequence[Case], options: Options) -> int:
 
 
 def check_settings(options: Options, prompts: list[str], device: torch.device) -> dict:
-    """What decides all pictures; raises `UserError` if those of the output folder were decided otherwise.
+    """What decides all images; raises `UserError` if those of the output folder were decided otherwise.
 
     Prompts may be more or fewer than they were.
     """
@@ -354,8 +352,8 @@ def check_settings(options: Options, prompts: list[str], device: torch.device) -
 # ---------------------------------------------------------------------------------------------------- drawing
 
 
-def picture_seed(seed: int, prompt_index: int, image_index: int) -> int:
-    """Seed of a picture's noise; it depends on these three alone, and inference.py --seed draws from it as
+def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
+    """Seed of an image's noise; it depends on these three alone, and inference.py --seed draws from it as
     well."""
     return int(np.random.SeedSequence([seed, prompt_index, image_index]).generate_state(1)[0])
 
@@ -367,24 +365,24 @@ def share(items: list, state: PartialState) -> list:
 
 
 def draw(
-    pictures: Sequence[Picture], prompts: Sequence[str], options: Options, loras: Sequence[Lora], quiet: bool
+    samples: Sequence[Sample], prompts: Sequence[str], options: Options, loras: Sequence[Lora], quiet: bool
 ) -> float:
-    """Draw pictures to their files, case by case; returns the seconds that it took."""
-    if not pictures:
+    """Draw images to their files, case by case; returns the seconds that it took."""
+    if not samples:
         return 0.0
     pipeline = drawing.pipeline(options)
     for lora in loras:
         put_in(pipeline, lora, 1.0, options)  # one that does not fit is found before hours of drawing
     started = time.perf_counter()
-    with tqdm(total=len(pictures), desc="drawing", unit="picture", disable=quiet) as bar:
-        for case, own in groupby(pictures, lambda picture: picture.case):
+    with tqdm(total=len(samples), desc="drawing", unit="image", disable=quiet) as bar:
+        for case, own in groupby(samples, lambda sample: sample.case):
             own = list(own)
             put_in(pipeline, case.lora, case.lora_scale, options)
-            wanted = [(prompts[picture.prompt_index], picture.seed) for picture in own]
+            wanted = [(prompts[sample.prompt_index], sample.seed) for sample in own]
             settings = replace(options, guidance_scale=case.guidance_scale)
-            for picture, drawn in zip(own, drawing.draw_each(pipeline, wanted, settings, bar), strict=True):
-                with writing(picture.file.parent):
-                    save_picture(drawn, picture.file)
+            for sample, drawn in zip(own, drawing.draw_each(pipeline, wanted, settings, bar), strict=True):
+                with writing(sample.file.parent):
+                    save_image(drawn, sample.file)
     return time.perf_counter() - started
 
 
@@ -428,7 +426,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def load_scorers(options: Options, prompts: Sequence[str]) -> rewards.WeightedRewards:
-    """All rewards, those held out with weight 0, tried on a picture of noise: better now than after
+    """All rewards, those held out with weight 0, tried on an image of noise: better now than after
     drawing."""
     device = devices.find(options.device)
     found = rewards.load(options.reward, options.reward_path, device, torch.float32)
@@ -448,21 +446,21 @@ def load_scorers(options: Options, prompts: Sequence[str]) -> rewards.WeightedRe
 
 @torch.no_grad()
 def score(
-    groups: Sequence[list[Picture]], scorers: rewards.WeightedRewards, prompts: Sequence[str],
+    groups: Sequence[list[Sample]], scorers: rewards.WeightedRewards, prompts: Sequence[str],
     names: Sequence[str], options: Options, quiet: bool,
 ) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
-    """Of pictures in groups, one for each case and prompt: values (N, len(names) + 1), and each group's
+    """Of images in groups, one for each case and prompt: values (N, len(names) + 1), and each group's
     diversity, None where there is none."""
     device = devices.find(options.device)
     values, features = [torch.zeros(0, len(names) + 1)], []
-    pictures = [picture for group in groups for picture in group]
-    with tqdm(total=len(pictures), desc="scoring", unit="picture", disable=quiet) as bar:
-        for start in range(0, len(pictures), options.batch_size):
-            batch = pictures[start : start + options.batch_size]
-            images = torch.stack([to_tensor(read(picture.file)) for picture in batch])
+    samples = [sample for group in groups for sample in group]
+    with tqdm(total=len(samples), desc="scoring", unit="image", disable=quiet) as bar:
+        for start in range(0, len(samples), options.batch_size):
+            batch = samples[start : start + options.batch_size]
+            images = torch.stack([to_tensor(read(sample.file)) for sample in batch])
             saturated = ((images == 0) | (images == 1)).float().mean((1, 2, 3))
             images = images.to(device)
-            found = scorers(images, [prompts[picture.prompt_index] for picture in batch])  # (K, B)
+            found = scorers(images, [prompts[sample.prompt_index] for sample in batch])  # (K, B)
             own = dict(zip(scorers.rewards, found, strict=True)) | {REWARD: scorers.total(found)}
             values.append(torch.stack([*(own[name].cpu() for name in names), saturated], dim=1).float())
             features.append(scorers.features(images))
@@ -479,14 +477,14 @@ def diversity_needs(options: Options) -> str:
     """Why there is none."""
     if options.num_images_per_prompt < 2:
         return "it takes --num_images_per_prompt 2 or more"
-    return "no reward has features of pictures, as imagereward has"
+    return "no reward has features of images, as imagereward has"
 
 
 def read(file: Path) -> Image.Image:
-    """A picture that was drawn."""
+    """An image that was drawn."""
     try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
+        with Image.open(file) as sample:
+            return sample.convert("RGB")
     except (OSError, SyntaxError) as error:
         raise UserError(
             f"{file} cannot be read ({error}). Delete it; the same command draws it again."
@@ -528,14 +526,12 @@ def compare(
 # ---------------------------------------------------------------------------------------------------- reports
 
 
-def table_of_pictures(
-    pictures: Sequence[Picture], prompts: Sequence[str], values: dict[str, np.ndarray]
-) -> str:
-    """A row of CSV for each picture."""
+def table_of_images(samples: Sequence[Sample], prompts: Sequence[str], values: dict[str, np.ndarray]) -> str:
+    """A row of CSV for each image."""
     columns = [value.ravel() for value in values.values()]
     rows = [
         [p.case.name, p.prompt_index, p.image_index, p.seed, prompts[p.prompt_index], *map(float, own)]
-        for p, own in zip(pictures, zip(*columns, strict=True), strict=True)
+        for p, own in zip(samples, zip(*columns, strict=True), strict=True)
     ]
     return to_csv(["case", "prompt_index", "image_index", "seed", "prompt", *values], rows)
 
@@ -543,7 +539,7 @@ def table_of_pictures(
 def table_of_prompts(
     cases: Sequence[Case], bases: Sequence[int], prompts: Sequence[str], of_prompts: dict[str, np.ndarray]
 ) -> str:
-    """A row of CSV for each case and prompt: means of its pictures, and differences to the base model's."""
+    """A row of CSV for each case and prompt: means of its images, and differences to the base model's."""
     rows = []
     for index, (case, base) in enumerate(zip(cases, bases, strict=True)):
         for place, prompt in enumerate(prompts):
@@ -563,14 +559,14 @@ def to_csv(header: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 def grid(
-    cases: Sequence[Case], shown: int, bases: Sequence[int], pictures: Sequence[Picture],
+    cases: Sequence[Case], shown: int, bases: Sequence[int], samples: Sequence[Sample],
     prompts: Sequence[str], values: dict[str, np.ndarray], measures: Sequence[str],
 ) -> Image.Image:  # fmt: skip
-    """The first prompts' first pictures, whatever came out, without the LoRA above those with it."""
+    """The first prompts' first images, whatever came out, without the LoRA above those with it."""
     indices, (_, num_prompts, number) = range(min(GRID_PAIRS, len(prompts))), values[REWARD].shape
     sides = {"before": bases[shown], "after": shown}
     drawn = {
-        side: [read(pictures[(case * num_prompts + index) * number].file) for index in indices]
+        side: [read(samples[(case * num_prompts + index) * number].file) for index in indices]
         for side, case in sides.items()
     }
     captions = {
@@ -589,10 +585,10 @@ def grid(
 
 
 def choose_pairs(
-    shown: int, bases: Sequence[int], pictures: Sequence[Picture], prompts: Sequence[str],
+    shown: int, bases: Sequence[int], samples: Sequence[Sample], prompts: Sequence[str],
     values: dict[str, np.ndarray], names: Sequence[str],
 ) -> dict[str, list[page.Pair]]:  # fmt: skip
-    """Pictures without and with the LoRA: where the reward rose most, where it fell most, and at random."""
+    """Images without and with the LoRA: where the reward rose most, where it fell most, and at random."""
     before, after = bases[shown], shown
     gain = (values[REWARD][after] - values[REWARD][before]).ravel()
     order = gain.argsort()[::-1]
@@ -603,7 +599,7 @@ def choose_pairs(
     }
 
     def pair(index: int) -> page.Pair:
-        sides = [pictures[case * len(gain) + index] for case in (before, after)]
+        sides = [samples[case * len(gain) + index] for case in (before, after)]
         scores = {name: [float(values[name][case].flat[index]) for case in (before, after)] for name in names}
         files = [read(side.file) for side in sides]
         return page.Pair(prompts[sides[0].prompt_index], sides[0].seed, *files, scores)

@@ -1,4 +1,4 @@
-"""Pictures of Stable Diffusion as it is: the "before" of inference_lora.py, with the same options and seeds.
+"""Images of Stable Diffusion as it is: the "before" of inference_lora.py, with the same options and seeds.
 
 python inference.py                                  -> result/sd14/0.png, 1.png, ...
 python inference.py --prompt "a red fox" --seed 7 --num_images_per_prompt 1
@@ -10,30 +10,30 @@ from pathlib import Path
 from refl.model import drawing
 from refl.preflight import doctor
 from refl.system.errors import run_as_command
-from refl.system.images import save_picture
+from refl.system.images import save_image
 
 import tyro
 
 
 @dataclass
 class Options(drawing.DrawingOptions):
-    """Draw pictures with Stable Diffusion as it is; inference_lora.py draws the same ones with a LoRA."""
+    """Draw images with Stable Diffusion as it is; inference_lora.py draws the same ones with a LoRA."""
 
     output_dir: str = "result/sd14"
-    """Where the pictures go: 0.png, 1.png, ..."""
+    """Where the images go: 0.png, 1.png, ..."""
 
 
 def main() -> None:
-    """Options, pipeline, pictures."""
+    """Options, pipeline, images."""
     options = tyro.cli(Options, use_underscores=True)
     doctor.check_weights(options.pretrained_model_name_or_path, None)
     prompts = drawing.check(options)
     pipeline = drawing.pipeline(options)
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    for index, picture in enumerate(drawing.draw(pipeline, prompts, options, "drawing")):
-        save_picture(picture, output / f"{index}.png")
-    print(f"{len(prompts) * options.num_images_per_prompt} pictures in {output}")
+    for index, image in enumerate(drawing.draw(pipeline, prompts, options, "drawing")):
+        save_image(image, output / f"{index}.png")
+    print(f"{len(prompts) * options.num_images_per_prompt} images in {output}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of Stable Diffusion with a LoRA, and beside them those without it, from the same noise.
+"""Images of Stable Diffusion with a LoRA, and beside them those without it, from the same noise.
 
 python inference_lora.py     -> result/refl_lora/0.png, 1.png, ..., grid.png (before and after), rewards.json
 python inference_lora.py --lora_path other.safetensors --lora_scale 0.8 --prompt "a red fox"
@@ -16,7 +16,7 @@ from refl.report.sheets import pairs
 from refl.reward import rewards
 from refl.system.errors import UserError, run_as_command
 from refl.system.files import write_whole
-from refl.system.images import save_picture, to_tensor
+from refl.system.images import save_image, to_tensor
 
 import torch
 import tyro
@@ -28,22 +28,22 @@ PAIRS_A_ROW, MAX_PAIRS = 5, 40  # of grid.png
 
 @dataclass
 class Options(drawing.LoraOptions, drawing.DrawingOptions):
-    """Draw pictures with a LoRA, and the same ones without it; show them side by side with their rewards."""
+    """Draw images with a LoRA, and the same ones without it; show them side by side with their rewards."""
 
     lora_path: str = "checkpoint/refl_lora"
     """A LoRA for this model, file or folder: ours, diffusers' or kohya's format."""
     compare: bool = True
-    """Draw the pictures without the LoRA as well, for grid.png."""
+    """Draw the images without the LoRA as well, for grid.png."""
     reward: str = "imagereward"
-    """The reward shown with the pictures, if its weights are there: as in training, one or a weighted sum."""
+    """The reward shown with the images, if its weights are there: as in training, one or a weighted sum."""
     reward_path: str = "checkpoint"
     """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
     output_dir: str = "result/refl_lora"
-    """Where the pictures go: 0.png, 1.png, ..., grid.png, rewards.json."""
+    """Where the images go: 0.png, 1.png, ..., grid.png, rewards.json."""
 
 
 def main() -> None:
-    """Options, pipeline, pictures with and without the LoRA, rewards, grid."""
+    """Options, pipeline, images with and without the LoRA, rewards, grid."""
     # ---- options
     options = tyro.cli(Options, use_underscores=True)
     doctor.check_weights(options.pretrained_model_name_or_path, None)
@@ -67,7 +67,7 @@ def main() -> None:
     except UserError as error:
         print(f"no rewards shown: {error}")
 
-    # ---- pictures: after, then before; those of the grid are kept
+    # ---- images: after, then before; those of the grid are kept
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     kept, scores = {"before": [], "after": []}, {"before": [], "after": []}
@@ -76,18 +76,18 @@ def main() -> None:
         if side == "before":
             pipeline.disable_lora()
         drawn = drawing.draw(pipeline, prompts, options, f"drawing {side}")
-        for index, (picture, prompt) in enumerate(zip(drawn, wanted, strict=True)):
+        for index, (image, prompt) in enumerate(zip(drawn, wanted, strict=True)):
             if side == "after":
-                save_picture(picture, output / f"{index}.png")
+                save_image(image, output / f"{index}.png")
             if scorers:
                 try:
-                    scores[side].append(score(scorers, picture, prompt, pipeline.device))
+                    scores[side].append(score(scorers, image, prompt, pipeline.device))
                 except UserError as error:
                     print(f"no rewards shown: {error}")
                     scorers = None
             if index < MAX_PAIRS:
-                kept[side].append(picture)
-    print(f"{len(wanted)} pictures in {output}")
+                kept[side].append(image)
+    print(f"{len(wanted)} images in {output}")
 
     # ---- rewards
     scores = {side: torch.stack(found, dim=1) for side, found in scores.items() if found and scorers}
@@ -96,12 +96,12 @@ def main() -> None:
         means = {side: sum(total) / len(wanted) for side, total in totals.items()}
         print(f"{options.reward}: " + ", ".join(f"{side} {mean:+.3f}" for side, mean in means.items()))
         each = {side: scorers.means(found) for side, found in scores.items()}
-        pictures = [
+        images = [
             {"file": f"{index}.png", "prompt": prompt, "seed": options.seed + index}
             | {side: total[index] for side, total in totals.items()}
             for index, prompt in enumerate(wanted)
         ]
-        report = {"reward": options.reward, "mean": means, "mean_of_each": each, "pictures": pictures}
+        report = {"reward": options.reward, "mean": means, "mean_of_each": each, "images": images}
         write_whole(output / "rewards.json", json.dumps(report, indent=2) + "\n")
 
     # ---- grid: before above after
@@ -109,20 +109,18 @@ def main() -> None:
         captions = {
             side: [
                 f"{side}  " + (f"{totals[side][index]:+.2f}  " if totals else "") + wanted[index]
-                for index in range(len(pictures))
+                for index in range(len(images))
             ]
-            for side, pictures in kept.items()
+            for side, images in kept.items()
         }
-        save_picture(pairs(kept, captions, PAIRS_A_ROW), output / "grid.png")
+        save_image(pairs(kept, captions, PAIRS_A_ROW), output / "grid.png")
         print(f"before and after: {output / 'grid.png'}")
 
 
 @torch.no_grad()
-def score(
-    scorers: rewards.WeightedRewards, picture: Image.Image, prompt: str, device: torch.device
-) -> Tensor:
-    """Each reward's score of one picture for its prompt, (K,)."""
-    return scorers(to_tensor(picture)[None].to(device), [prompt])[:, 0].cpu()
+def score(scorers: rewards.WeightedRewards, image: Image.Image, prompt: str, device: torch.device) -> Tensor:
+    """Each reward's score of one image for its prompt, (K,)."""
+    return scorers(to_tensor(image)[None].to(device), [prompt])[:, 0].cpu()
 
 
 if __name__ == "__main__":

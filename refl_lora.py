@@ -14,7 +14,7 @@ Departures from the published code, each for a reason:
 
 - Trains a LoRA in float32 and keeps the model frozen; the pretraining loss, which protected what is frozen
   here, only with --pretrain_data.
-- The gradient is taken in two stages: d loss / d x0 through reward and decoder, a few pictures at a time,
+- The gradient is taken in two stages: d loss / d x0 through reward and decoder, a few images at a time,
   then d x0 / d LoRA through the UNet. The same chain rule for one more UNet forward, about 2 % of a step, and
   the two largest graphs never exist together. The micro-batches of an optimizer step are rolled out together.
 - k and all noise are pure functions of (seed, step, micro-step, sample): k is the same on every process, so
@@ -48,8 +48,8 @@ from refl.model.lora import KOHYA_FILE, LORA_FILE, add_lora, pack_lora, to_kohya
 from refl.model.stable_diffusion import decode, encode, encode_prompts, load_stable_diffusion, vae_factor
 from refl.preflight import doctor
 from refl.report import card
-from refl.report.log import Phases, write_options, write_picture, write_scalars
-from refl.report.sheets import MAX_PICTURES, sheet
+from refl.report.log import Phases, write_image, write_options, write_scalars
+from refl.report.sheets import MAX_IMAGES, sheet
 from refl.reward import rewards
 from refl.reward.rewards import WeightedRewards
 from refl.system import checkpoints, devices, randomness
@@ -75,7 +75,7 @@ from tqdm import tqdm
 
 BEST = "best"  # folder of the best LoRA so far, inside --output_dir
 BEST_LORA = "best_lora_weights.safetensors"  # the same in a checkpoint, which goes on from it
-ENOUGH_PICTURES = 64  # for --early_stop to tell a change from chance
+ENOUGH_IMAGES = 64  # for --early_stop to tell a change from chance
 
 # ---------------------------------------------------------------------------------------------- one ReFL step
 
@@ -98,7 +98,7 @@ class Models:
 
 @dataclass
 class MicroBatch:
-    """Pictures that share a stop index and one gradient."""
+    """Images that share a stop index and one gradient."""
 
     prompts: list[str]
     prompt_embeds: Tensor  # (B, tokens, width); for guidance (2, B, tokens, width), the empty prompt's first
@@ -119,7 +119,7 @@ class MicroBatch:
 
 @dataclass
 class Pretraining:
-    """Captioned pictures with noise, and what the model is to say of them."""
+    """Captioned images with noise, and what the model is to say of them."""
 
     latents: Tensor  # (B, C, h, w), noised to `timesteps` (B,)
     timesteps: Tensor
@@ -199,9 +199,9 @@ def rollout(models: Models, batches: Sequence[MicroBatch]) -> list[tuple[Tensor,
     return [found[id(batch)] for batch in batches]
 
 
-def saturated_share(pictures: Tensor) -> Tensor:
-    """Share of each picture's colour values, (B,), that decode outside [0, 1]."""
-    return ((pictures < 0) | (pictures > 1)).float().mean((1, 2, 3))
+def saturated_share(images: Tensor) -> Tensor:
+    """Share of each image's colour values, (B,), that decode outside [0, 1]."""
+    return ((images < 0) | (images > 1)).float().mean((1, 2, 3))
 
 
 def x0_gradient(
@@ -220,9 +220,9 @@ def x0_gradient(
         chunk = slice(start, start + decode_batch_size)
         leaf = x0[chunk].detach().requires_grad_()
         with phase("decode"):
-            pictures = decode(models.vae, leaf)  # (b, 3, H, W)
+            images = decode(models.vae, leaf)  # (b, 3, H, W)
         with phase("reward"):
-            own_scores = models.rewards(pictures.clamp(0, 1), batch.prompts[chunk])  # (K, b)
+            own_scores = models.rewards(images.clamp(0, 1), batch.prompts[chunk])  # (K, b)
             reward = models.rewards.total(own_scores)  # (b,)
             shortfall = -reward if reward_target is None else (reward_target - reward).relu()
             loss = grad_scale * shortfall.sum() / len(x0)
@@ -230,8 +230,8 @@ def x0_gradient(
             gradients += torch.autograd.grad(scale(loss), leaf)
         losses.append(loss.detach())
         scores.append(own_scores.detach())
-        saturated.append(saturated_share(pictures).mean())
-        del pictures, own_scores, reward, shortfall, loss  # and with them the rest of the graph
+        saturated.append(saturated_share(images).mean())
+        del images, own_scores, reward, shortfall, loss  # and with them the rest of the graph
     scores = torch.cat(scores, dim=1)  # (K, B)
     result = StepResult(
         loss=torch.stack(losses).sum(),
@@ -295,7 +295,7 @@ def refl_step(
 ) -> Iterator[tuple[StepResult, tuple[Tensor, ...]]]:
     """What each micro-batch of an optimizer step finds, and scale(d loss / d LoRA) of it, for each matrix.
 
-    About `rollout_batch_size` pictures go together: x_T -> x_k and x0 for all, then d loss / d x0, then
+    About `rollout_batch_size` images go together: x_T -> x_k and x0 for all, then d loss / d x0, then
     d loss / d LoRA. `scale` keeps small gradients from vanishing in float16 (a GradScaler's); `phase` times
     its block. Regularisers with a weight are part of the loss.
     """
@@ -331,13 +331,13 @@ def refl_step(
 
 @dataclass
 class Validation:
-    """Pictures of prompts that are not trained on, P prompts, N pictures, those of a prompt side by side."""
+    """Images of prompts that are not trained on, P prompts, N images, those of a prompt side by side."""
 
-    pictures: Tensor  # (N, 3, H, W) uint8
+    images: Tensor  # (N, 3, H, W) uint8
     scores: Tensor  # (K, N), of each reward
     held_out: Tensor | None  # (H, N), of each reward that is not trained on, if there is one
     saturated: Tensor  # (N,), share of colour values that decode outside [0, 1]
-    diversity: Tensor | None  # (P,), of the pictures of each prompt, if the rewards can tell
+    diversity: Tensor | None  # (P,), of the images of each prompt, if the rewards can tell
 
 
 @torch.no_grad()
@@ -345,14 +345,14 @@ def validate(
     models: Models, prompts: list[str], images_per_prompt: int, embeds: Callable[[list[str]], Tensor],
     noise_shape: tuple[int, ...], seed: int, batch_size: int, accelerator: Accelerator,
 ) -> Validation:  # fmt: skip
-    """Draw a picture for each of N prompts, always from the same noise, and judge them; a prompt is there
+    """Draw an image for each of N prompts, always from the same noise, and judge them; a prompt is there
     `images_per_prompt` times in a row.
 
     The processes share the work; each returns the whole.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     own = range(rank, math.ceil(len(prompts) / world) * world, world)  # padded: every process draws as many
-    pictures, judged, device = [], [], accelerator.device
+    images, judged, device = [], [], accelerator.device
     last = len(models.ddpm.timesteps) - 1
     guidance_scale = next((scale for scale in models.guidance if scale != 1), 1.0)
     guided = replace(models, guidance=(guidance_scale, guidance_scale))
@@ -365,22 +365,22 @@ def validate(
         [(_, x0)] = rollout(guided, [batch])
         with models.present(models.vae, *(module for judge in judges for module in judge.modules())):
             for latent, prompt in zip(x0, chosen, strict=True):
-                picture = decode(models.vae, latent[None])
-                columns = [saturated_share(picture)[:, None]]
-                picture = picture.clamp(0, 1)
-                columns += [judge(picture, [prompt]).T for judge in judges]  # (1, K), (1, H)
-                if images_per_prompt > 1 and (features := models.rewards.features(picture)) is not None:
+                image = decode(models.vae, latent[None])
+                columns = [saturated_share(image)[:, None]]
+                image = image.clamp(0, 1)
+                columns += [judge(image, [prompt]).T for judge in judges]  # (1, K), (1, H)
+                if images_per_prompt > 1 and (features := models.rewards.features(image)) is not None:
                     columns.append(features)  # (1, width)
                 judged.append(torch.cat([column.float() for column in columns], dim=1))
-                pictures.append((picture * 255).round().byte())
+                images.append((image * 255).round().byte())
     order = torch.arange(len(own) * world).view(world, len(own)).T.flatten()[: len(prompts)].to(device)
-    pictures = accelerator.gather(torch.cat(pictures))[order]
+    images = accelerator.gather(torch.cat(images))[order]
     judged = accelerator.gather(torch.cat(judged))[order].cpu()  # (N, 1 + K + H + width)
     sizes = [1, *(len(judge.weights) for judge in judges)]
     saturated, *scores, features = judged.split([*sizes, judged.shape[1] - sum(sizes)], dim=1)
     of_prompts = features.unflatten(0, (-1, images_per_prompt))  # (P, n, width), or of width 0
     return Validation(
-        pictures=pictures,
+        images=images,
         scores=scores[0].T,
         held_out=scores[1].T if models.held_out else None,
         saturated=saturated[:, 0],
@@ -452,7 +452,7 @@ def step_numbers(
     for name in results[0].regularisers:
         values = [result.regularisers[name] for result in results]
         numbers[f"regularisers/{name}"] = torch.stack(values).mean()
-    numbers["pictures/saturated"] = torch.stack([result.saturated for result in results]).mean()
+    numbers["images/saturated"] = torch.stack([result.saturated for result in results]).mean()
     numbers |= {f"seconds/{name}": torch.tensor(value) for name, value in seconds.items()}
     numbers["memory/peak_gib"] = torch.tensor(devices.peak_memory(device))
     return numbers
@@ -527,11 +527,11 @@ def main() -> None:
         accelerator.print(f"going on after step {progress.step}")
 
     number = len(validation_prompts)
-    is_unsure = number < ENOUGH_PICTURES or options.validation_images_per_prompt == 1
+    is_unsure = number < ENOUGH_IMAGES or options.validation_images_per_prompt == 1
     if options.early_stop and is_unsure and not checkpoint:
         accelerator.print(
-            f"note: --early_stop compares {number} pictures, and diversity from 2 of a prompt on; surer: "
-            f"--num_validation_images {ENOUGH_PICTURES // 2} --validation_images_per_prompt 2"
+            f"note: --early_stop compares {number} images, and diversity from 2 of a prompt on; surer: "
+            f"--num_validation_images {ENOUGH_IMAGES // 2} --validation_images_per_prompt 2"
         )
 
     # ---- models
@@ -611,7 +611,7 @@ def main() -> None:
     noise_shape = (parts.unet.config.in_channels, side, side)
     with models.present(parts.vae):
         files = tqdm(
-            [file for file, _ in captioned], "encoding pictures", unit="picture",
+            [file for file, _ in captioned], "encoding images", unit="image",
             disable=not captioned or not accelerator.is_main_process,
         )  # fmt: skip
         latents = [encode(parts.vae, read_square(file, resolution)).cpu() for file in files]
@@ -619,7 +619,7 @@ def main() -> None:
     slopes = {k: models.ddpm.x0_slope(k) for k in range(options.min_stop, options.max_stop + 1)}
 
     def pretraining(step: int, micro_step: int) -> Pretraining:
-        """Pictures for this process's share of a micro-step, noised."""
+        """Images for this process's share of a micro-step, noised."""
         first = (step * micro_steps + micro_step) * batch * world
         chosen = [prompt_index(options.seed, first + index, len(captioned)) for index in own]
         key = (options.seed, step, micro_step)
@@ -641,8 +641,8 @@ def main() -> None:
             noise = randomness.noise(key, own, (stop + 1, *noise_shape))
             chosen = batch_prompts(step, micro_step)
             weight = sum(slopes.values()) / len(slopes) / slopes[stop] if options.normalize_by_stop else 1.0
-            pictures = pretraining(step, micro_step) if captioned else None
-            batches.append(MicroBatch(chosen, embeds(chosen), noise, stop, weight, pictures))
+            images = pretraining(step, micro_step) if captioned else None
+            batches.append(MicroBatch(chosen, embeds(chosen), noise, stop, weight, images))
         return batches
 
     # ---- output
@@ -711,7 +711,7 @@ def main() -> None:
         return every > 0 and (step % every == 0 or step == options.max_train_steps)
 
     def by_prompt(values: Tensor) -> list[float]:
-        """Means over the pictures of each validation prompt."""
+        """Means over the images of each validation prompt."""
         return values.unflatten(0, (-1, options.validation_images_per_prompt)).mean(1).tolist()
 
     def show_best() -> None:
@@ -740,9 +740,9 @@ def main() -> None:
                 show_best()
         if writer:
             captions = [f"{own:+.2f}  {p}" for own, p in zip(total, validation_prompts, strict=True)]
-            shown = slice(MAX_PICTURES)
-            pictures = [to_pil(picture / 255) for picture in found.pictures[shown]]
-            image = sheet(pictures, captions[shown], f"step {step}")
+            shown = slice(MAX_IMAGES)
+            images = [to_pil(image / 255) for image in found.images[shown]]
+            image = sheet(images, captions[shown], f"step {step}")
             means = models.rewards.means(found.scores) | {"reward": total.mean().item()}
             means["saturated"] = found.saturated.mean().item()
             if found.held_out is not None:
@@ -750,7 +750,7 @@ def main() -> None:
             if found.diversity is not None:
                 means["diversity"] = found.diversity.mean().item()
             means = {f"validation/{name}": mean for name, mean in means.items()}
-            log(lambda writer: write_picture(writer, "validation/pictures", image, step))
+            log(lambda writer: write_image(writer, "validation/images", image, step))
             log(lambda writer: write_scalars(writer, means, step))
         progress.validation = total.mean().item()
         if progress.first_validation is None:
@@ -846,7 +846,7 @@ def main() -> None:
             vector = torch.stack([number.float().to(device) for number in numbers.values()])
             values = dict(zip(numbers, accelerator.reduce(vector, reduction="mean").tolist(), strict=True))
             scores = torch.cat([result.scores for result in results], dim=1)
-            scores = accelerator.gather(scores.T.contiguous()).T.float().cpu()  # (K, pictures of the step)
+            scores = accelerator.gather(scores.T.contiguous()).T.float().cpu()  # (K, images of the step)
             total, means = models.rewards.total(scores), models.rewards.means(scores)
             values |= {
                 "loss": loss,
@@ -863,11 +863,11 @@ def main() -> None:
                 above = values["reward/above_target"] = (total > options.reward_target).float().mean().item()
                 if step == 0 and above == 1:
                     accelerator.print(
-                        f"note: every picture is above --reward_target {options.reward_target} (mean "
+                        f"note: every image is above --reward_target {options.reward_target} (mean "
                         f"{total.mean():.2f}) and gets no gradient; raise it, or take None."
                     )
             values |= {
-                f"pictures_per_second/{name}": len(total) / values[f"seconds/{name}"] for name in seconds
+                f"images_per_second/{name}": len(total) / values[f"seconds/{name}"] for name in seconds
             }
             values = {tag: value for tag, value in values.items() if math.isfinite(value)}
             log(lambda writer: write_scalars(writer, values, step + 1))  # noqa: B023, called at once

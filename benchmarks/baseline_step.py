@@ -3,7 +3,7 @@
 The structure is that of the published training loop: prompts encoded for each batch, one micro-batch rolled
 out at a time by diffusers' scheduler, one graph from the UNet to the loss, the loss gathered and read after
 every micro-batch, attention in the reward by explicit matrices. The LoRA is peft's as diffusers adds it,
-float32 under autocast. Noise and stop index are given, so that it draws the same pictures as our step.
+float32 under autocast. Noise and stop index are given, so that it draws the same images as our step.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,9 +78,9 @@ def baseline_step(
             x0 = _scheduler_step(models.scheduler, eps, timesteps[stop], latents, unused).pred_original_sample
         with phase("decode"):
             x0 = x0.to(models.vae.dtype) / models.vae.config.scaling_factor
-            pictures = (models.vae.decode(x0).sample / 2 + 0.5).clamp(0, 1)
+            images = (models.vae.decode(x0).sample / 2 + 0.5).clamp(0, 1)
         with phase("reward"):
-            rewards = models.reward(pictures.float(), prompts)
+            rewards = models.reward(images.float(), prompts)
             loss = (2 - rewards).relu().mean() * grad_scale
         losses.append(accelerator.gather(loss.detach().repeat(len(prompts))).mean().item())
         with phase("backward"):

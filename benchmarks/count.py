@@ -57,7 +57,7 @@ def inputs(size: int, resolution: int, dtype: torch.dtype) -> tuple[torch.Tensor
 
 
 def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
-    """TFLOP a picture of each part of our step."""
+    """TFLOP an image of each part of our step."""
     found = {}
     with memory.without_content(*folders, 4, torch.float32) as (unet, vae, reward):
         for model in (unet, vae):
@@ -72,13 +72,13 @@ def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
                 unet(*inputs(1, resolution, torch.float32))
             lap("UNet forward")
             x0 = torch.empty(1, 4, resolution // 8, resolution // 8, requires_grad=True)
-            pictures = decode(vae, x0)
+            images = decode(vae, x0)
             lap("decode")
-            loss = memory.score(reward, pictures.clamp(0, 1))
+            loss = memory.score(reward, images.clamp(0, 1))
             lap("reward")
-            (gradient,) = torch.autograd.grad(loss, pictures)
+            (gradient,) = torch.autograd.grad(loss, images)
             lap("reward backward")
-            torch.autograd.grad(pictures, x0, gradient)
+            torch.autograd.grad(images, x0, gradient)
             lap("decode backward")
             eps = unet(*inputs(1, resolution, torch.float32)).sample
             lap("UNet forward with gradient")
@@ -99,8 +99,8 @@ def count_baseline(folders: tuple[str, str], resolution: int, batch_size: int, d
         def step() -> None:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 eps = unet(*inputs(batch_size, resolution, dtype)).sample
-            pictures = decode(vae, eps.float()).clamp(0, 1)
-            torch.autograd.grad(memory.score(reward, pictures), lora)
+            images = decode(vae, eps.float()).clamp(0, 1)
+            torch.autograd.grad(memory.score(reward, images), lora)
 
         weights = sum(p.nbytes for model in (unet, vae, reward) for p in model.parameters())
         weights += 3 * sum(p.nbytes for p in lora) + (TEXT_ENCODER + VAE_ENCODER) * dtype.itemsize
@@ -141,7 +141,7 @@ def count_launches(folders: tuple[str, str], batch_size: int, is_lean: bool) -> 
 
 
 def count_inference(folders: tuple[str, str], batch_size: int, dtype: torch.dtype, is_plain: bool) -> float:
-    """GiB of drawing pictures of 512x512 with guidance; `is_plain`: all decoded at once, in `dtype`."""
+    """GiB of drawing images of 512x512 with guidance; `is_plain`: all decoded at once, in `dtype`."""
     with memory.without_content(folders[0], None, 4, dtype) as (unet, vae, _), torch.no_grad():
         if is_plain:
             memory.empty(vae, dtype)
@@ -161,7 +161,7 @@ def main() -> None:
     lines = [
         f"Counted on {date.today().isoformat()} by `python benchmarks/count.py`, torch {torch.__version__}.",
         "",
-        "## TFLOP a picture, by resolution",
+        "## TFLOP an image, by resolution",
         "",
     ]
     bar = tqdm(desc="counting", unit="case", total=23)
@@ -177,7 +177,7 @@ def main() -> None:
     for part in flops[512]:
         lines.append(f"| {part} | " + " | ".join(f"{own[part]:.3g}" for own in flops.values()) + " |")
 
-    lines += ["", "## GiB of a training step, 8 pictures an optimizer step", ""]
+    lines += ["", "## GiB of a training step, 8 images an optimizer step", ""]
     heads = "published, ported", "ours", "ours / published", "ours, `--low_memory`"
     lines += ["| pixels | batch | precision | " + " | ".join(heads) + " |", "|---|---|---|---|---|---|---|"]
     for resolution, precision, batch_size in (
@@ -203,7 +203,7 @@ def main() -> None:
         bar.update()
 
     lines += ["", "## One UNet forward of a rollout, bf16, 512x512", ""]
-    lines += ["| pictures | step | operations | GB touched | a picture |", "|---|---|---|---|---|"]
+    lines += ["| images | step | operations | GB touched | an image |", "|---|---|---|---|---|"]
     for batch_size in (1, 2, 8):
         for name, is_lean in (("published, ported", False), ("ours", True)):
             number, size = count_launches(folders, batch_size, is_lean)
@@ -211,7 +211,7 @@ def main() -> None:
         bar.update()
 
     lines += ["", "## GiB of inference at 512x512, guided", ""]
-    lines += ["| pictures at once | precision | plain diffusers call | ours |", "|---|---|---|---|"]
+    lines += ["| images at once | precision | plain diffusers call | ours |", "|---|---|---|---|"]
     for batch_size, precision in ((1, "fp16"), (10, "fp16"), (10, "fp32")):
         plain, ours = (
             count_inference(folders, batch_size, DTYPES[precision], is_plain) for is_plain in (True, False)

@@ -1,4 +1,4 @@
-"""Pictures per second of our drawing with a LoRA, and of the plain diffusers call, in turn, from one noise.
+"""Images per second of our drawing with a LoRA, and of the plain diffusers call, in turn, from one noise.
 
 python benchmarks/inference.py                                    # the demo world
 python benchmarks/inference.py --checkpoint checkpoint/stable-diffusion-v1-4 --lora_path checkpoint/refl_lora
@@ -45,7 +45,7 @@ class Options:
     lora_path: str | None = None
     """A LoRA; None: one with random values."""
     batch_size: int = 10
-    """Pictures at once."""
+    """Images at once."""
     num_inference_steps: int = 20
     """Denoising steps."""
     rounds: int = 5
@@ -80,27 +80,27 @@ def main() -> None:
 
     def draw_plain(seed: int) -> torch.Tensor:
         generators = [torch.Generator("cpu").manual_seed(seed + index) for index in range(len(prompts))]
-        pictures = plain(
+        images = plain(
             prompts, num_inference_steps=steps, guidance_scale=7.5, generator=generators, output_type="pt"
         ).images
-        return pictures.float().cpu()
+        return images.float().cpu()
 
     found = {draw_ours: [], draw_plain: []}
     for index in tqdm(range(1 + options.rounds), "drawing", unit="round"):
-        pictures = {}
+        images = {}
         for draw, entries in found.items():
             reset_peak_memory(device)
             synchronize(device)
             started = time.perf_counter()
-            pictures[draw] = draw(index * len(prompts))
+            images[draw] = draw(index * len(prompts))
             synchronize(device)
             entries.append((time.perf_counter() - started, peak_memory(device)))
-        difference = (pictures[draw_ours] - pictures[draw_plain]).abs().max().item()
-    print(f"{date.today()}, {machine()}: {options.batch_size} pictures at once, {steps} steps, {dtype}")
+        difference = (images[draw_ours] - images[draw_plain]).abs().max().item()
+    print(f"{date.today()}, {machine()}: {options.batch_size} images at once, {steps} steps, {dtype}")
     for name, draw in (("ours", draw_ours), ("plain diffusers call", draw_plain)):
         seconds = statistics.median(entry[0] for entry in found[draw][1:])
         memory = max(entry[1] for entry in found[draw][1:])
-        print(f"{name}: {options.batch_size / seconds:.3g} pictures/s, peak {memory:.2f} GiB")
+        print(f"{name}: {options.batch_size / seconds:.3g} images/s, peak {memory:.2f} GiB")
     ratios = sorted(p[0] / o[0] for o, p in zip(found[draw_ours][1:], found[draw_plain][1:], strict=True))
     print(
         f"plain / ours, time: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); "

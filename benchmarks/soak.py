@@ -31,7 +31,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-TIMINGS = ("seconds", "pictures_per_second", "memory")  # curves that no two runs share
+TIMINGS = ("seconds", "images_per_second", "memory")  # curves that no two runs share
 OPTIONS = """--num_inference_steps 6 --min_stop 3 --max_stop 5 --train_batch_size 2 --max_train_steps 60
     --gradient_accumulation_steps 2 --lr_scheduler cosine --lr_warmup_steps 3 --learning_rate 2e-3
     --checkpointing_steps 1 --checkpoints_total_limit 2 --validation_steps 20

@@ -4,7 +4,7 @@ python benchmarks/step.py                                       # the demo world
 python benchmarks/step.py --size sd14 --resolutions 256 512 --batch_sizes 1 2 4 8 --precisions bf16 fp16 fp32
 python benchmarks/step.py --variants ours no_lean no_channels_last no_batched_rollout peft_lora baseline
 
-Each variant lives in a process of its own, loads the same weights, and does the same pictures: same prompts,
+Each variant lives in a process of its own, loads the same weights, and does the same images: same prompts,
 noise and stop indices. They take turns, one optimizer step each, and ratios are those of neighbours. SD-1.4
 is its exact architecture with random weights, written to --checkpoint on the first run (4 GB). Results, a
 table and a plot go to --output_dir.
@@ -88,7 +88,7 @@ class Options:
     resolutions: tuple[int, ...] = (0,)
     """Pixels a side; 0: the model's own."""
     batch_sizes: tuple[int, ...] = (2,)
-    """Pictures of a micro-batch."""
+    """Images of a micro-batch."""
     precisions: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("fp32",)
     """Of the frozen parts."""
     variants: tuple[Literal[tuple(VARIANTS)], ...] = ("ours", "baseline")
@@ -162,7 +162,7 @@ class Step:
         self.lora = lora
         self.optimizer = torch.optim.AdamW(lora, lr=1e-5, fused=variant == "fused_adamw" or None)
 
-        # the same pictures for all
+        # the same images for all
         names = prompts.read_prompts(ROOT / "demo/prompts/train.txt" if options.size == "demo" else
                                      ROOT / "data/train_prompts.txt")  # fmt: skip
         side = (case.resolution // vae_factor(parts.vae)) or parts.unet.config.sample_size
@@ -259,7 +259,7 @@ class Step:
             "memory": peak_memory(self.device),
             "loss": loss,
             "lora_norm": torch.nn.utils.get_total_norm([m.detach() for m in self.lora]).item(),
-            "pictures": sum(len(batch.prompts) for batch in batches),
+            "images": sum(len(batch.prompts) for batch in batches),
             "matmul": None if first else matmul_rate(self.device, self.dtype),
         }
 
@@ -388,17 +388,17 @@ def summarise(found: dict[str, list[dict]]) -> dict[str, dict]:
         if "error" in entries[-1]:
             summary[name] = {"error": entries[-1]["error"]}
             continue
-        warm, pictures = entries[1:], entries[0]["pictures"]
+        warm, images = entries[1:], entries[0]["images"]
         seconds = {
-            phase: statistics.median(entry["seconds"].get(phase, 0) for entry in warm) / pictures
+            phase: statistics.median(entry["seconds"].get(phase, 0) for entry in warm) / images
             for phase in (*PHASES, "total")
         }
-        flops = {phase: entries[0]["flops"].get(phase, 0) / pictures for phase in PHASES}
+        flops = {phase: entries[0]["flops"].get(phase, 0) / images for phase in PHASES}
         matmul = statistics.median(entry["matmul"] for entry in warm)
         summary[name] = {
-            "pictures_per_second": 1 / seconds["total"],
-            "seconds_per_picture": seconds,
-            "tflop_per_picture": {phase: count / 1e12 for phase, count in flops.items()},
+            "images_per_second": 1 / seconds["total"],
+            "seconds_per_image": seconds,
+            "tflop_per_image": {phase: count / 1e12 for phase, count in flops.items()},
             "matmul_tflops": matmul / 1e12,
             "share_of_matmul_rate": sum(flops.values()) / seconds["total"] / matmul,
             "peak_gib": max(entry["memory"] for entry in warm),
@@ -418,7 +418,7 @@ def summarise(found: dict[str, list[dict]]) -> dict[str, dict]:
 def table(results: list[dict]) -> str:
     """All results as Markdown."""
     lines = [
-        "| pixels | batch | precision | variant | pictures/s | time, ratio to the first (spread) | peak GiB | TFLOP a picture | of matmul rate | largest phases |",  # noqa: E501
+        "| pixels | batch | precision | variant | images/s | time, ratio to the first (spread) | peak GiB | TFLOP an image | of matmul rate | largest phases |",  # noqa: E501
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -427,16 +427,16 @@ def table(results: list[dict]) -> str:
             if "error" in own:
                 lines.append(f"{case}| {name} | {own['error']} | | | | | |")
                 continue
-            total = own["seconds_per_picture"]["total"]
+            total = own["seconds_per_image"]["total"]
             phases = sorted(
-                ((seconds / total, phase) for phase, seconds in own["seconds_per_picture"].items()
+                ((seconds / total, phase) for phase, seconds in own["seconds_per_image"].items()
                  if phase != "total"), reverse=True,
             )[:4]  # fmt: skip
             low, middle, high = own.get("seconds_to_first", [float("nan")] * 3)
-            count = sum(own["tflop_per_picture"].values())
+            count = sum(own["tflop_per_image"].values())
             counted = f"{count:.3g} | {own['share_of_matmul_rate']:.0%}" if count else "not counted |"
             lines.append(
-                f"{case}| {name} | {own['pictures_per_second']:.3g} | {middle:.2f} ({low:.2f} to {high:.2f}) "
+                f"{case}| {name} | {own['images_per_second']:.3g} | {middle:.2f} ({low:.2f} to {high:.2f}) "
                 f"| {own['peak_gib']:.2f} | {counted} "
                 f"| {', '.join(f'{phase} {share:.0%}' for share, phase in phases)} |"
             )
@@ -450,7 +450,7 @@ def plot(results: list[dict], path: Path) -> None:
         for name, own in result["variants"].items():
             if "error" not in own:
                 label = f"{name}, {result['resolution'] or 'own size'}, {result['precision']}"
-                total = own["seconds_per_picture"]["total"]
+                total = own["seconds_per_image"]["total"]
                 lines[label].append((result["batch_size"], total, own["peak_gib"]))
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -459,8 +459,8 @@ def plot(results: list[dict], path: Path) -> None:
         style = "--" if label.startswith("baseline") else "-"
         axes[0].plot(batch_sizes, seconds, "o" + style, label=label)
         axes[1].plot(batch_sizes, memory, "o" + style, label=label)
-    for axis, title in zip(axes, ("seconds a picture", "peak memory, GiB"), strict=True):
-        axis.set(xlabel="pictures of a micro-batch", title=title)
+    for axis, title in zip(axes, ("seconds an image", "peak memory, GiB"), strict=True):
+        axis.set(xlabel="images of a micro-batch", title=title)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)

@@ -46,12 +46,12 @@ from refl.model.pipeline import (
 from refl.model.stable_diffusion import decode
 from refl.report.sheets import grid
 from refl.reward import imagereward
-from refl.system.images import save_picture
+from refl.system.images import save_image
 
 import judge
 import world
 
-POOL = 24_000  # drawn pictures that the autoencoder and the base model learn from
+POOL = 24_000  # drawn images that the autoencoder and the base model learn from
 WORDS = sorted({word for caption in world.every_caption() for word in caption.split()})
 SCHEDULER = {  # Stable Diffusion 1.4's
     "_class_name": "PNDMScheduler",
@@ -147,7 +147,7 @@ class Builder:
 
     @cached_property
     def drawn_pool(self) -> tuple[np.ndarray, np.ndarray]:
-        """Specs, (POOL, 3), and their pictures, (POOL, 64, 64, 3) uint8."""
+        """Specs, (POOL, 3), and their images, (POOL, 64, 64, 3) uint8."""
         rng = self.rng(0)
         specs = world.random_specs(rng, POOL)
         geometry = world.random_geometry(rng, POOL)
@@ -157,12 +157,12 @@ class Builder:
         )
 
     def shares(self, pool: "BlendPool", chosen: np.ndarray) -> Tensor:
-        """(N, 2, 1, 1, 1): how much of the right picture is in each of the two of `chosen` rows."""
+        """(N, 2, 1, 1, 1): how much of the right image is in each of the two of `chosen` rows."""
         return torch.from_numpy(pool.weight[chosen]).to(self.device)[:, :, None, None, None]
 
-    def to_tensor(self, pictures: np.ndarray) -> Tensor:
+    def to_tensor(self, images: np.ndarray) -> Tensor:
         """(N, H, W, 3) uint8 -> (N, 3, H, W) in [0, 1]."""
-        return torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 255
+        return torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
 
 
 # ------------------------------------------------------------------------------------------------ autoencoder
@@ -180,17 +180,17 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def reconstruction_loss(decoded: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 + MSE of pictures in [-1, 1], and L1 alone."""
-    l1 = F.l1_loss(decoded, pictures)
-    return l1 + F.mse_loss(decoded, pictures), l1.detach()
+def reconstruction_loss(decoded: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 + MSE of images in [-1, 1], and L1 alone."""
+    l1 = F.l1_loss(decoded, images)
+    return l1 + F.mse_loss(decoded, images), l1.detach()
 
 
 def train_vae(builder: Builder, vae: AutoencoderKL) -> None:
     def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        pictures = builder.to_tensor(builder.drawn_pool[1][rng.integers(POOL, size=16)]) * 2 - 1
-        posterior = vae.encode(pictures).latent_dist
-        value, l1 = reconstruction_loss(vae.decode(posterior.sample()).sample, pictures)
+        images = builder.to_tensor(builder.drawn_pool[1][rng.integers(POOL, size=16)]) * 2 - 1
+        posterior = vae.encode(images).latent_dist
+        value, l1 = reconstruction_loss(vae.decode(posterior.sample()).sample, images)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return value + 1e-4 * kl, {"l1": l1, "kl": kl.detach()}
 
@@ -204,11 +204,11 @@ def train_decoder(builder: Builder, vae: AutoencoderKL) -> None:
     vae.quant_conv.requires_grad_(False)
 
     def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        pictures = builder.to_tensor(builder.drawn_pool[1][rng.integers(POOL, size=16)]) * 2 - 1
+        images = builder.to_tensor(builder.drawn_pool[1][rng.integers(POOL, size=16)]) * 2 - 1
         with torch.no_grad():
-            latents = vae.encode(pictures).latent_dist.mean
+            latents = vae.encode(images).latent_dist.mean
         latents = latents + 0.05 * latents.std() * torch.randn_like(latents)
-        value, l1 = reconstruction_loss(vae.decode(latents).sample, pictures)
+        value, l1 = reconstruction_loss(vae.decode(latents).sample, images)
         return value, {"l1": l1}
 
     builder.train("decoder", vae, loss, steps=1500, learning_rate=2e-3)
@@ -224,9 +224,9 @@ def set_scaling_factor(builder: Builder, vae: AutoencoderKL) -> None:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Latents (N, 4, 8, 8), at the UNet's scale, of pictures (N, 3, 64, 64) in [0, 1]."""
-    latents = [vae.encode(part * 2 - 1).latent_dist.mean for part in pictures.split(64)]
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Latents (N, 4, 8, 8), at the UNet's scale, of images (N, 3, 64, 64) in [0, 1]."""
+    latents = [vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(64)]
     return torch.cat(latents) * vae.config.scaling_factor
 
 
@@ -397,10 +397,10 @@ def new_reward(builder: Builder) -> imagereward.ImageReward:
 
 
 class BlendPool:
-    """Pairs of pictures on the way from one spec to another that differs in one attribute, at the same place.
+    """Pairs of images on the way from one spec to another that differs in one attribute, at the same place.
 
     `right` and `wrong` are (N, 3) specs, `attribute` (N,) the one that differs, `weight` (N, 2) the share of
-    the right one in each of the two pictures, 1 in a third of them.
+    the right one in each of the two images, 1 in a third of them.
     """
 
     def __init__(self, rng: np.random.Generator, count: int):
@@ -415,7 +415,7 @@ class BlendPool:
         self.weight = np.where(rng.random((count, 2)) < 1 / 3, 1.0, rng.random((count, 2))).astype(np.float32)
 
     def draw(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The unblended pictures of `chosen` rows, right and wrong, each (N, 64, 64, 3) uint8."""
+        """The unblended images of `chosen` rows, right and wrong, each (N, 64, 64, 3) uint8."""
         geometry = self.geometry[chosen]
         return world.draw(self.right[chosen], geometry), world.draw(self.wrong[chosen], geometry)
 
@@ -438,7 +438,7 @@ class RewardTrainer(nn.Module):
 
     def loss(
         self,
-        pictures: Tensor,
+        images: Tensor,
         right: Tensor,
         wrong: Tensor,
         attribute: Tensor,
@@ -447,11 +447,11 @@ class RewardTrainer(nn.Module):
     ):
         """What is minimised, and what is shown of it.
 
-        pictures (N, 2, 3, H, W) in [0, 1]; right (N, 3) and wrong (N, 3, 3) specs, the latter changed in one
+        images (N, 2, 3, H, W) in [0, 1]; right (N, 3) and wrong (N, 3, 3) specs, the latter changed in one
         attribute each; attribute (N,) the one blended, weight (N, 2) by how much; template (N,) the phrasing.
         """
         count = len(right)
-        pixels = imagereward.preprocess(pictures.flatten(0, 1), self.reward.image_size)
+        pixels = imagereward.preprocess(images.flatten(0, 1), self.reward.image_size)
         seen = self.reward.vision(pixels).last_hidden_state.view(count, 2, 1, -1, 64)
         captions = torch.cat([right[:, None], wrong], dim=1)  # (N, 4, 3)
         number = (captions[..., 0] * len(world.SHAPES) + captions[..., 1]) * len(
@@ -464,7 +464,7 @@ class RewardTrainer(nn.Module):
         share = torch.ones(count, 2, 3, device=weight.device)
         share[torch.arange(count), :, attribute] = weight
         rank = F.binary_cross_entropy_with_logits(scores[..., :1] - scores[..., 1:], share * 0.96 + 0.02)
-        # The same caption, two pictures: the one that shows more of it is better.
+        # The same caption, two images: the one that shows more of it is better.
         contrast = F.binary_cross_entropy_with_logits(
             2 * (scores[:, 0, 0] - scores[:, 1, 0]), 0.5 + 0.48 * (weight[:, 0] - weight[:, 1])
         )
@@ -494,7 +494,7 @@ class RewardTrainer(nn.Module):
         return rank + 0.5 * contrast + word, {name: value.detach() for name, value in shown.items()}
 
     def _read(self, ids: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
-        """Hidden states (N, 2, C, T, width): captions (N, 2, C, T) read with pictures (N, 2, 1, P, width)."""
+        """Hidden states (N, 2, C, T, width): captions (N, 2, C, T) read with images (N, 2, 1, P, width)."""
         shape = ids.shape
         hidden = self.reward.text(
             input_ids=ids.reshape(-1, shape[-1]),
@@ -505,7 +505,7 @@ class RewardTrainer(nn.Module):
 
 
 def batch(builder: Builder, pool: BlendPool, chosen: np.ndarray, rng: np.random.Generator) -> list[Tensor]:
-    """What `RewardTrainer.loss` wants beside the pictures of `chosen` rows."""
+    """What `RewardTrainer.loss` wants beside the images of `chosen` rows."""
     sizes = np.array([len(values) for values in world.ATTRIBUTES.values()])
     right = pool.right[chosen]
     wrong = np.repeat(right[:, None], 3, axis=1)  # (N, 3, 3): one attribute changed each
@@ -521,16 +521,16 @@ def train_reward(
     builder: Builder,
     stage: str,
     trainer: RewardTrainer,
-    pictures_of: Callable[[np.ndarray], Tensor],
+    images_of: Callable[[np.ndarray], Tensor],
     pool: BlendPool,
     steps: int,
     learning_rate: float,
 ) -> None:
-    """`pictures_of(chosen)` gives the blended pairs of rows of the pool, (N, 2, 3, H, W) in [0, 1]."""
+    """`images_of(chosen)` gives the blended pairs of rows of the pool, (N, 2, 3, H, W) in [0, 1]."""
 
     def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         chosen = rng.integers(len(pool.right), size=32)
-        return trainer.loss(pictures_of(chosen), *batch(builder, pool, chosen, rng))
+        return trainer.loss(images_of(chosen), *batch(builder, pool, chosen, rng))
 
     builder.train(stage, trainer, loss, steps, learning_rate)
 
@@ -538,11 +538,11 @@ def train_reward(
 def train_reward_drawn(builder: Builder, trainer: RewardTrainer) -> None:
     pool = BlendPool(builder.rng(1), 12_000)
 
-    def pictures_of(chosen: np.ndarray) -> Tensor:
+    def images_of(chosen: np.ndarray) -> Tensor:
         right, wrong = (builder.to_tensor(drawn)[:, None] for drawn in pool.draw(chosen))
         return wrong + builder.shares(pool, chosen) * (right - wrong)
 
-    train_reward(builder, "reward_drawn", trainer, pictures_of, pool, steps=2500, learning_rate=1e-3)
+    train_reward(builder, "reward_drawn", trainer, images_of, pool, steps=2500, learning_rate=1e-3)
 
 
 def train_reward_decoded(builder: Builder, trainer: RewardTrainer, vae: AutoencoderKL) -> None:
@@ -551,23 +551,23 @@ def train_reward_decoded(builder: Builder, trainer: RewardTrainer, vae: Autoenco
 
     @cache
     def decoded() -> Tensor:
-        pictures = torch.empty(len(pool.right), 2, 3, world.SIZE, world.SIZE, dtype=torch.uint8)
-        for start in tqdm(range(0, len(pictures), 32), desc="blends", mininterval=5):
-            chosen = np.arange(start, min(start + 32, len(pictures)))
+        images = torch.empty(len(pool.right), 2, 3, world.SIZE, world.SIZE, dtype=torch.uint8)
+        for start in tqdm(range(0, len(images), 32), desc="blends", mininterval=5):
+            chosen = np.arange(start, min(start + 32, len(images)))
             right, wrong = (encode(vae, builder.to_tensor(drawn))[:, None] for drawn in pool.draw(chosen))
             latents = wrong + builder.shares(pool, chosen) * (right - wrong)  # (N, 2, 4, 8, 8)
             pixels = decode(vae, latents.flatten(0, 1)) * 255
-            pictures[chosen] = pixels.round().clamp(0, 255).byte().unflatten(0, (-1, 2)).cpu()
-        return pictures
+            images[chosen] = pixels.round().clamp(0, 255).byte().unflatten(0, (-1, 2)).cpu()
+        return images
 
-    def pictures_of(chosen: np.ndarray) -> Tensor:
+    def images_of(chosen: np.ndarray) -> Tensor:
         return decoded()[chosen].to(builder.device) / 255
 
-    train_reward(builder, "reward", trainer, pictures_of, pool, steps=1500, learning_rate=5e-4)
+    train_reward(builder, "reward", trainer, images_of, pool, steps=1500, learning_rate=5e-4)
 
 
 def train_reward_robust(builder: Builder, trainer: RewardTrainer, vae: AutoencoderKL) -> None:
-    """Teaches that broken pictures are bad ones: without it, ReFL soon finds nonsense that scores well."""
+    """Teaches that broken images are bad ones: without it, ReFL soon finds nonsense that scores well."""
     pool = BlendPool(builder.rng(8), 6_000)
 
     def broken(latents: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -587,14 +587,12 @@ def train_reward_robust(builder: Builder, trainer: RewardTrainer, vae: Autoencod
             right, wrong = (encode(vae, builder.to_tensor(drawn))[:, None] for drawn in pool.draw(chosen))
             latents = wrong + builder.shares(pool, chosen) * (right - wrong)  # (N, 2, 4, 8, 8)
             bad, badness = broken(right[:, 0], rng)
-            pictures = decode(vae, torch.cat([latents, bad[:, None]], 1).flatten(0, 1)).clamp(0, 1)
-        pictures = pictures.unflatten(0, (-1, 3))
-        value, shown = trainer.loss(pictures[:, :2], *batch(builder, pool, chosen, rng))
+            images = decode(vae, torch.cat([latents, bad[:, None]], 1).flatten(0, 1)).clamp(0, 1)
+        images = images.unflatten(0, (-1, 3))
+        value, shown = trainer.loss(images[:, :2], *batch(builder, pool, chosen, rng))
         template = rng.integers(len(world.TEMPLATES))
         captions = [world.SPECS[number].caption(template) for number in world.spec_number(pool.right[chosen])]
-        scores = trainer.reward(pictures[:, [0, 2]].flatten(0, 1), np.repeat(captions, 2).tolist()).view(
-            -1, 2
-        )
+        scores = trainer.reward(images[:, [0, 2]].flatten(0, 1), np.repeat(captions, 2).tolist()).view(-1, 2)
         share = torch.from_numpy(pool.weight[chosen, 0]).to(builder.device)
         lead = scores[:, 0] - scores[:, 1]
         robust = F.softplus(2 * badness * (0.5 + share) - lead).mean()
@@ -636,7 +634,7 @@ def export(
     )
     write_prompts(builder, ROOT / "demo/prompts")
 
-    # The published scores are standardised on their data, these on pictures by the base model.
+    # The published scores are standardised on their data, these on images by the base model.
     prompts = list(world.prompts(held_out=False))
     scores = score(reward, sample(builder, out, prompts, seed=1_000_000), prompts)
     med_config = new_med_config(reward, scores.mean().item(), scores.std().item())
@@ -683,30 +681,30 @@ def new_med_config(reward: imagereward.ImageReward, score_mean: float, score_std
 
 
 def sample(builder: Builder, out: Path, prompts: list[str], seed: int, guidance_scale: float = 1.0) -> Tensor:
-    """One picture for each prompt, (N, 3, 64, 64) in [0, 1], by DDPM; the first one's noise is `seed`'s."""
+    """One image for each prompt, (N, 3, 64, 64) in [0, 1], by DDPM; the first one's noise is `seed`'s."""
     pipeline = load_pipeline(out / SD_FOLDER, "ddpm", torch.float32, builder.device)
-    pictures = []
+    images = []
     for start in tqdm(range(0, len(prompts), 64), desc=f"samples, guidance {guidance_scale}", mininterval=5):
         part = prompts[start : start + 64]
         seeds = range(seed + start, seed + start + len(part))
-        pictures.append(generate(pipeline, part, seeds, SAMPLING_STEPS, guidance_scale))
-    return torch.cat(pictures)
+        images.append(generate(pipeline, part, seeds, SAMPLING_STEPS, guidance_scale))
+    return torch.cat(images)
 
 
 @torch.no_grad()
-def score(reward: imagereward.ImageReward, pictures: Tensor, prompts: list[str]) -> Tensor:
+def score(reward: imagereward.ImageReward, images: Tensor, prompts: list[str]) -> Tensor:
     """Rewards, (N,), on the CPU."""
     device = reward.head[0].weight.device
     parts = [
-        reward(pictures[start : start + 256].to(device), prompts[start : start + 256]).cpu()
+        reward(images[start : start + 256].to(device), prompts[start : start + 256]).cpu()
         for start in range(0, len(prompts), 256)
     ]
     return torch.cat(parts)
 
 
-def to_arrays(pictures: Tensor) -> np.ndarray:
+def to_arrays(images: Tensor) -> np.ndarray:
     """(N, 3, H, W) in about [0, 1] -> (N, H, W, 3) uint8."""
-    return (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def report(builder: Builder, out: Path) -> None:
@@ -723,18 +721,18 @@ def report(builder: Builder, out: Path) -> None:
     results = {"reconstructions": shares(judge.grade(to_arrays(decoded), captions))}
 
     for name, guidance_scale in (("base", 1.0), ("base_guidance_3", 3.0)):
-        pictures = torch.cat(
+        images = torch.cat(
             [
                 sample(builder, out, prompts, seed=1000 * run, guidance_scale=guidance_scale)
                 for run in range(3)
             ]
         )
-        arrays = to_arrays(pictures)
+        arrays = to_arrays(images)
         if name == "base":
             draw_samples(ROOT / "demo/samples.png", drawn, to_arrays(decoded), arrays, prompts)
         results[name] = shares(judge.grade(arrays, prompts * 3))
         results[name]["unreadable"] = np.mean([None in vars(judge.judge(array)).values() for array in arrays])
-        scores = score(reward, pictures, prompts * 3)
+        scores = score(reward, images, prompts * 3)
         results[name] |= {"reward_mean": scores.mean().item(), "reward_std": scores.std().item()}
 
     results["reward_pairwise"] = reward_accuracy(builder, parts.vae, reward)
@@ -767,21 +765,21 @@ def reward_accuracy(
 ) -> dict[str, dict[str, float]]:
     """How often the right one wins, by the attribute that is wrong; held-out specs, every phrasing.
 
-    "captions": one picture, right and wrong caption. "pictures": one caption, right and wrong picture.
+    "captions": one image, right and wrong caption. "images": one caption, right and wrong image.
     """
     rng = builder.rng(6)
-    wins = {side: {attribute: [] for attribute in world.ATTRIBUTES} for side in ("captions", "pictures")}
+    wins = {side: {attribute: [] for attribute in world.ATTRIBUTES} for side in ("captions", "images")}
     for spec in tqdm([spec for spec in world.SPECS if spec.held_out], desc="reward accuracy", mininterval=5):
         others = [(attribute, other) for attribute in world.ATTRIBUTES for other in spec.changed(attribute)]
         kinds = [spec, *(other for _, other in others)]
         for geometry in world.random_geometry(rng, 2):
             drawn = world.draw(np.array([kind.indices for kind in kinds]), np.tile(geometry, (len(kinds), 1)))
-            pictures = reconstruct(builder, vae, drawn)
+            images = reconstruct(builder, vae, drawn)
             for template in range(len(world.TEMPLATES)):
                 captions = [kind.caption(template) for kind in kinds]
-                by_caption = score(reward, pictures[:1].expand(len(kinds), -1, -1, -1), captions)
-                by_picture = score(reward, pictures, captions[:1] * len(kinds))
-                for side, scores in (("captions", by_caption), ("pictures", by_picture)):
+                by_caption = score(reward, images[:1].expand(len(kinds), -1, -1, -1), captions)
+                by_image = score(reward, images, captions[:1] * len(kinds))
+                for side, scores in (("captions", by_caption), ("images", by_image)):
                     for (attribute, _), value in zip(others, scores[1:], strict=True):
                         wins[side][attribute].append((scores[0] > value).item())
     return {side: {name: np.mean(won) for name, won in by.items()} for side, by in wins.items()}
@@ -807,11 +805,11 @@ def reward_along_blends(
 def draw_samples(
     path: Path, drawn: np.ndarray, decoded: np.ndarray, samples: np.ndarray, prompts: list[str]
 ) -> None:
-    """Six drawings, their reconstructions, then eighteen pictures of the base model with their prompts."""
+    """Six drawings, their reconstructions, then eighteen images of the base model with their prompts."""
     rows = [drawn[:6], decoded[:6], samples[:6], samples[6:12], samples[12:18]]
     captions = [["drawing"] * 6, ["through the autoencoder"] * 6, prompts[:6], prompts[6:12], prompts[12:18]]
-    pictures = [[Image.fromarray(picture) for picture in row] for row in rows]
-    save_picture(grid(pictures, captions, 3 * world.SIZE), path)
+    images = [[Image.fromarray(image) for image in row] for row in rows]
+    save_image(grid(images, captions, 3 * world.SIZE), path)
 
 
 STAGES = (

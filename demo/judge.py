@@ -16,7 +16,7 @@ from torch import Tensor
 MAX_DISTANCE = (
     75  # from a palette colour in RGB, 0 to 255, to be of that colour; the palettes are further apart
 )
-MIN_PURE_BACKGROUND = 0.85  # share of the picture's edge that must be of the background's colour
+MIN_PURE_BACKGROUND = 0.85  # share of the image's edge that must be of the background's colour
 MIN_PURE_OBJECT = 0.6  # the same of the object, whose outline may be soft
 MIN_OVERLAP = 0.85  # intersection over union with the best shape; a perfect circle and a square reach 0.84
 MIN_LEAD = 0.02  # by which that must beat the second best
@@ -31,18 +31,18 @@ _UNIT = {  # each shape's area and its centre of mass below its centre, at radiu
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a picture shows; None for what cannot be read."""
+    """What an image shows; None for what cannot be read."""
 
     shape: str | None
     colour: str | None
     background: str | None
 
 
-def judge(picture: np.ndarray) -> Verdict:
-    """Reads a picture (H, W, 3) uint8, square, of any size."""
-    if picture.shape[:2] != (world.SIZE, world.SIZE):
-        picture = np.asarray(Image.fromarray(picture).resize((world.SIZE, world.SIZE), Image.Resampling.BOX))
-    pixels = picture.astype(np.float32)
+def judge(image: np.ndarray) -> Verdict:
+    """Reads an image (H, W, 3) uint8, square, of any size."""
+    if image.shape[:2] != (world.SIZE, world.SIZE):
+        image = np.asarray(Image.fromarray(image).resize((world.SIZE, world.SIZE), Image.Resampling.BOX))
+    pixels = image.astype(np.float32)
     edge = np.ones((world.SIZE, world.SIZE), bool)
     edge[MARGIN:-MARGIN, MARGIN:-MARGIN] = False
     background = _nearest(pixels[edge], world.BACKGROUND_PALETTE, MIN_PURE_BACKGROUND)
@@ -56,9 +56,9 @@ def judge(picture: np.ndarray) -> Verdict:
     return Verdict(_shape(inside), tuple(world.COLOURS)[colour], tuple(world.BACKGROUNDS)[background])
 
 
-def grade(pictures: Sequence[np.ndarray | Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Whether pictures show what their prompts say: (N,) each of colour, shape, background, all_right."""
-    verdicts = [judge(np.asarray(picture)) for picture in pictures]
+def grade(images: Sequence[np.ndarray | Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Whether images show what their prompts say: (N,) each of colour, shape, background, all_right."""
+    verdicts = [judge(np.asarray(image)) for image in images]
     wanted = [world.parse(prompt) for prompt in prompts]
     right = {
         attribute: np.array(
@@ -71,9 +71,9 @@ def grade(pictures: Sequence[np.ndarray | Image.Image], prompts: Sequence[str]) 
 
 
 def share(attribute: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """What `grade` says of pictures (B, 3, H, W) in [0, 1], as a reward: (B,), 1 for right. No gradient."""
-    pictures = (images.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return torch.from_numpy(grade(pictures, prompts)[attribute]).float()
+    """What `grade` says of images (B, 3, H, W) in [0, 1], as a reward: (B,), 1 for right. No gradient."""
+    images = (images.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return torch.from_numpy(grade(images, prompts)[attribute]).float()
 
 
 # judge:all_right, ... in --held_out_reward

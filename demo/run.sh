@@ -29,6 +29,6 @@ PYTHONPATH=demo OMP_NUM_THREADS=1 "$PYTHON" evaluate.py \
   --held_out_reward judge:all_right,judge:colour,judge:shape,judge:background \
   --lora_paths result/demo/refl_lora --output_dir result/demo/evaluation
 echo "trained for $((trained - started)) s, $((SECONDS - started)) s in all"
-echo "pictures:    result/demo/evaluation/grid.png"
+echo "images:    result/demo/evaluation/grid.png"
 echo "model card:  result/demo/refl_lora/README.md"
 echo "curves:      $PYTHON -m tensorboard.main --logdir result/demo/refl_lora/logs"

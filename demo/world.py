@@ -1,6 +1,6 @@
 """The demo world: one coloured shape on a plain background, drawn and described.
 
-A `Spec` says what a picture shows; 6 colours x 4 shapes x 4 backgrounds make 96 of them. Arrays of specs, for
+A `Spec` says what an image shows; 6 colours x 4 shapes x 4 backgrounds make 96 of them. Arrays of specs, for
 fast drawing, are (N, 3) integers: indices into `COLOURS`, `SHAPES`, `BACKGROUNDS`.
 """
 
@@ -31,10 +31,10 @@ RADIUS = (16, 20)
 TEMPLATES = (
     "a {colour} {shape} on a {background} background",
     "{background} background with a {colour} {shape}",
-    "a picture of a {colour} {shape} on a {background} background",
+    "an image of a {colour} {shape} on a {background} background",
     "a {colour} {shape} in front of a {background} background",
     "one {colour} {shape} on {background}",
-    "a {background} picture with a {colour} {shape}",
+    "a {background} image with a {colour} {shape}",
     "a {shape} in {colour} on a {background} background",
     "on {background} a {shape} that is {colour}",
 )
@@ -42,7 +42,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Spec:
-    """What a picture shows, in words."""
+    """What an image shows, in words."""
 
     colour: str
     shape: str
@@ -110,7 +110,7 @@ def random_geometry(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def draw(specs: np.ndarray, geometry: np.ndarray) -> np.ndarray:
-    """Antialiased pictures, (N, SIZE, SIZE, 3) uint8, of specs (N, 3) and geometry (N, 3)."""
+    """Antialiased images, (N, SIZE, SIZE, 3) uint8, of specs (N, 3) and geometry (N, 3)."""
     covered = np.empty((len(specs), SIZE, SIZE), np.float32)
     for index, shape in enumerate(SHAPES):
         chosen = specs[:, 1] == index

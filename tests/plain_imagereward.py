@@ -13,7 +13,7 @@ SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 def plain_score(
     weights: dict[str, Tensor], pixels: Tensor, ids: Tensor, mask: Tensor, vision_heads: int, text_heads: int
 ) -> Tensor:
-    """Scores (B,) of preprocessed pictures (B, 3, S, S) for prompts as ids and mask (B, tokens)."""
+    """Scores (B,) of preprocessed images (B, 3, S, S) for prompts as ids and mask (B, tokens)."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -31,7 +31,7 @@ def plain_score(
             outputs.append(logits.softmax(-1) @ v)
         return cat(outputs, dim=-1)
 
-    # picture -> (B, 1 + patches, width)
+    # image -> (B, 1 + patches, width)
     name = "blip.visual_encoder"
     kernel = weights[f"{name}.patch_embed.proj.weight"]
     side = kernel.shape[-1]
@@ -47,16 +47,16 @@ def plain_score(
         x = x + linear(
             gelu(linear(norm(x, f"{prefix}.norm2", 1e-6), f"{prefix}.mlp.fc1")), f"{prefix}.mlp.fc2"
         )
-    picture = norm(x, f"{name}.norm", 1e-6)
+    image = norm(x, f"{name}.norm", 1e-6)
 
-    # prompt, looking at the picture -> (B, tokens, width)
+    # prompt, looking at the image -> (B, tokens, width)
     name = "blip.text_encoder.embeddings"
     x = weights[f"{name}.word_embeddings.weight"][ids]
     x = x + weights[f"{name}.position_embeddings.weight"][: ids.shape[1]]
     x = norm(x, f"{name}.LayerNorm", 1e-12)
     for layer in range(count(weights, "blip.text_encoder.encoder.layer.")):
         prefix = f"blip.text_encoder.encoder.layer.{layer}"
-        for attention, source, seen in (("attention", None, mask), ("crossattention", picture, None)):
+        for attention, source, seen in (("attention", None, mask), ("crossattention", image, None)):
             one = f"{prefix}.{attention}"
             source = x if source is None else source
             query = linear(x, f"{one}.self.query")

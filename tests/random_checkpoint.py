@@ -24,7 +24,7 @@ SIZES = {
         "attention_heads": 8,
         "sample_size": 64,
         "clip": {"width": 768, "layers": 12, "heads": 12, "tokens": 77, "vocabulary": 49408},
-        "vision": {"width": 1024, "layers": 24, "heads": 16, "picture": 224, "patch": 16},
+        "vision": {"width": 1024, "layers": 24, "heads": 16, "image": 224, "patch": 16},
         "bert": {"width": 768, "layers": 12, "heads": 12, "vocabulary": 30522},
         "head": (1024, 128, 64, 16, 1),
     },
@@ -34,7 +34,7 @@ SIZES = {
         "attention_heads": 2,
         "sample_size": 8,
         "clip": {"width": 16, "layers": 1, "heads": 2, "tokens": 77, "vocabulary": 600},
-        "vision": {"width": 32, "layers": 2, "heads": 4, "picture": 32, "patch": 8},
+        "vision": {"width": 32, "layers": 2, "heads": 4, "image": 32, "patch": 8},
         "bert": {"width": 24, "layers": 2, "heads": 3, "vocabulary": 100},
         "head": (16, 8, 8, 4, 1),
     },
@@ -158,7 +158,7 @@ def write_reward(folder: Path, spec: dict) -> None:
             intermediate_size=4 * vision["width"],
             num_hidden_layers=vision["layers"],
             num_attention_heads=vision["heads"],
-            image_size=vision["picture"],
+            image_size=vision["image"],
             patch_size=vision["patch"],
             layer_norm_eps=1e-6,
             initializer_range=0.02,
@@ -176,7 +176,7 @@ def write_reward(folder: Path, spec: dict) -> None:
         imagereward.load_tokenizer(folder / "bert-base-uncased"),
         spec["head"],
     )
-    with torch.no_grad():  # every one random, at a scale that makes scores of pictures and prompts differ
+    with torch.no_grad():  # every one random, at a scale that makes scores of images and prompts differ
         for name, weight in model.named_parameters():
             is_norm = "norm" in name.lower() and weight.ndim == 1
             fan_in = 1 if "embeddings." in name and "patch" not in name else weight[0].numel()

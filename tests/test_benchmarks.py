@@ -41,7 +41,7 @@ def test_flops_are_counted_by_phase(entries):
         assert ours[phase] > 0 and baseline[phase] > 0
     assert baseline["text"] > 0 == ours.get("text", 0)
     assert ours["decode"] == baseline["decode"]
-    # One UNet forward more for each picture, which gives x0.
+    # One UNet forward more for each image, which gives x0.
     assert 1.2 < ours["rollout"] / baseline["rollout"] < 2
 
 

@@ -95,7 +95,7 @@ def test_a_runs_card(folder):
         "arxiv.org/abs/2304.05977",
         "| `max_stop` | `3` |",
         "prompts of `prompts.txt`, 3 of them",
-        "No pictures were trained on",
+        "No images were trained on",
         "--also_kohya",
         "curves.png",
         "validation_after.png",
@@ -105,8 +105,8 @@ def test_a_runs_card(folder):
         assert said in text
     assert "## Evaluation" not in text
     for name in ("curves.png", "validation_before.png", "validation_after.png"):
-        with Image.open(folder / name) as picture:
-            picture.verify()
+        with Image.open(folder / name) as image:
+            image.verify()
     before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
     card.write(folder)
     assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
@@ -124,13 +124,13 @@ def test_its_code_runs(folder, tiny):
         sys.executable, "-c", f"import os; os.chdir({str(folder)!r})\n{code}", HF_HUB_OFFLINE="1"
     )
     assert ran.returncode == 0, ran.stderr
-    assert Image.open(folder / "picture.png").size == (64, 64)
+    assert Image.open(folder / "image.png").size == (64, 64)
 
 
 def test_an_evaluation_stays_with_its_lora(folder, evaluation):
     card.write(folder, evaluation)
     text = read(folder)
-    assert "**Mean reward +1.000 → +1.500**" in text and "in 75% of pictures" in text
+    assert "**Mean reward +1.000 → +1.500**" in text and "in 75% of images" in text
     assert "| reward | 1.000 | 1.500 | +0.500 | +0.250 to +0.750 | 75% | 5% | 20% |" in text
     assert "| diversity | 0.250 | 0.250 | -0.125 | -0.200 to +0.100 | | | |" in text
     assert text.index("**refl&#95;lora**") < text.index("**half**") < text.index("**oth&#124;er**")

@@ -36,11 +36,11 @@ def test_the_demo_learns_and_shows_it(copy):
         "judge.all_right", "judge.colour", "judge.shape", "judge.background",
     }  # fmt: skip
     assert 0.25 <= before["judge.all_right"] <= 0.5  # crisp, and with something left to learn
-    assert abs(before["reward"]) < 0.3  # standardised on the base model's pictures
+    assert abs(before["reward"]) < 0.3  # standardised on the base model's images
     assert after["reward"] > before["reward"] + 0.15 and lora["against_base"]["reward"]["low"] > 0
     assert after["judge.all_right"] > before["judge.all_right"]
-    picture = Image.open(copy / "result/demo/evaluation/grid.png")
-    assert picture.width > 1000 and picture.height > 800
+    image = Image.open(copy / "result/demo/evaluation/grid.png")
+    assert image.width > 1000 and image.height > 800
     assert (copy / "result/demo/evaluation/report.html").stat().st_size < 10e6
     card = (copy / "result/demo/refl_lora/README.md").read_text()
     assert "## Evaluation" in card and "before_after.png" in card

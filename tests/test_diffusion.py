@@ -89,7 +89,7 @@ def test_lora_sits_in_every_attention_layer_and_is_seeded(parts, tiny):
 
 
 @pytest.mark.parametrize("alpha", [4, 1.5])
-def test_saved_lora_draws_the_same_pictures_in_diffusers(parts, tiny, tmp_path, alpha):
+def test_saved_lora_draws_the_same_images_in_diffusers(parts, tiny, tmp_path, alpha):
     model = tiny / "stable-diffusion-v1-4"
     lora = add_lora(parts.unet, rank=4, alpha=alpha, seed=0)
     move_lora(lora)
@@ -147,8 +147,8 @@ def test_guidance_can_take_the_empty_prompt_from_the_base(parts, tiny, tmp_path)
                 )
                 eps = text + (guidance - 1) * (text - empty)
                 latents = scheduler.step(eps, t, latents).prev_sample
-            pictures = decode(parts.vae, latents).clamp(0, 1)
-        torch.testing.assert_close(expected, pictures, rtol=0, atol=1e-4)
+            images = decode(parts.vae, latents).clamp(0, 1)
+        torch.testing.assert_close(expected, images, rtol=0, atol=1e-4)
 
     load_lora(pipeline, file, 1.0)  # again, for both: nothing is left of the other way
     both = generate(pipeline, PROMPTS, [3, 4], 4, 3.0)
@@ -192,7 +192,7 @@ def test_lora_of_another_architecture_is_refused(parts, tmp_path, monkeypatch):
         load_lora(pipeline, file, 1.0)
 
 
-def test_a_seed_is_a_picture_in_any_batch(tiny):
+def test_a_seed_is_a_image_in_any_batch(tiny):
     pipeline = load_pipeline(tiny / "stable-diffusion-v1-4", "ddpm", torch.float32, "cpu")
     together = generate(pipeline, [*PROMPTS, "x"], [5, 6, 7], 3, 2.0)
     alone = generate(pipeline, PROMPTS[1:], [6], 3, 2.0)

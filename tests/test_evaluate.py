@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from test_diffusion import move_lora
 from test_scripts import run_in_process
 
-OUTPUTS = ["evaluation.json", "grid.png", "pictures", "pictures.csv", "prompts.csv", "report.html"]
+OUTPUTS = ["evaluation.json", "grid.png", "images", "images.csv", "prompts.csv", "report.html"]
 LAUNCH = (
     "-m refl launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
     "--mixed_precision no --dynamo_backend no evaluate.py"
@@ -80,8 +80,8 @@ def test_outcomes_count_every_pair():
 
 
 def test_seeds_are_all_different():
-    seeds = {evaluate.picture_seed(s, i, j) for s in range(3) for i in range(20) for j in range(10)}
-    assert len(seeds) == 600 and evaluate.picture_seed(0, 3, 1) == evaluate.picture_seed(0, 3, 1)
+    seeds = {evaluate.image_seed(s, i, j) for s in range(3) for i in range(20) for j in range(10)}
+    assert len(seeds) == 600 and evaluate.image_seed(0, 3, 1) == evaluate.image_seed(0, 3, 1)
 
 
 # ------------------------------------------------------------------------------------------------- the script
@@ -118,7 +118,7 @@ def options(tiny, world, monkeypatch):
 
 @pytest.fixture
 def count_drawn(monkeypatch):
-    """Seeds of all pictures drawn from now on."""
+    """Seeds of all images drawn from now on."""
     seeds, generate = [], drawing.generate
 
     def counting(pipeline, prompts, own, *arguments):
@@ -147,9 +147,9 @@ def test_what_is_written(options, world, tiny, tmp_path, monkeypatch, capsys):
     base, *others = found["cases"]
     assert [(c["name"], c["step"]) for c in others] == [("lora", 5), ("lora/checkpoint-2", 2)]
     assert base["name"] == "base" and base["lora_path"] is None and base["against_base"] is None
-    rows = read_rows(tmp_path / "pictures.csv")
+    rows = read_rows(tmp_path / "images.csv")
     assert len(rows) == 3 * 3 * 2 and [row["seed"] for row in rows[:6]] == [row["seed"] for row in rows[6:12]]
-    for case in others:  # the figures, from the table of pictures
+    for case in others:  # the figures, from the table of images
         scores = [[float(r["held_out.red"]) for r in rows if r["case"] == n] for n in (case["name"], "base")]
         own, without = np.array(scores)
         against = case["against_base"]["held_out.red"]
@@ -167,17 +167,17 @@ def test_what_is_written(options, world, tiny, tmp_path, monkeypatch, capsys):
 
     # A LoRA of another rank in place of the former draws what a fresh pipeline with it draws.
     for lora, name in zip(loras, ("lora", "checkpoint-2"), strict=True):
-        (folder,) = (tmp_path / "pictures").glob(f"{name}-*")
+        (folder,) = (tmp_path / "images").glob(f"{name}-*")
         assert len(list(folder.iterdir())) == 6
         pipeline = load_pipeline(tiny / "stable-diffusion-v1-4", "pndm", torch.float32, "cpu")
         load_lora(pipeline, lora, 1.0)
-        drawn = generate(pipeline, ["a blue dog"], [evaluate.picture_seed(0, 1, 1)], 2, 2.0)[0]
+        drawn = generate(pipeline, ["a blue dog"], [evaluate.image_seed(0, 1, 1)], 2, 2.0)[0]
         saved = np.asarray(Image.open(folder / "1_1.png"), int)
         assert abs(saved - (drawn * 255).round().permute(1, 2, 0).numpy()).max() <= 1
 
 
 class Page(html.parser.HTMLParser):
-    """Tags that are open, pictures, and all that a page would fetch."""
+    """Tags that are open, images, and all that a page would fetch."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -224,7 +224,7 @@ def test_a_sweep_and_its_report(options, world, tmp_path, monkeypatch, count_dra
     assert len(page.images) >= 8 and all(image["alt"] and "base64," in image["src"] for image in page.images)
     for measure in ("reward", "held_out.red", "diversity"):
         assert f"{measure} by scale and guidance" in text
-    # Without the sweep: the same pictures, none drawn again.
+    # Without the sweep: the same images, none drawn again.
     count_drawn.clear()
     run_in_process(
         evaluate, monkeypatch, *options, "--num_prompts=2", "--output_dir", tmp_path, "--lora_paths",
@@ -245,7 +245,7 @@ def test_what_is_there_is_not_drawn_again(options, world, tmp_path, monkeypatch,
     run = [*options, "--output_dir", tmp_path, "--lora_paths", world / "lora"]
     run_in_process(evaluate, monkeypatch, *run)
     first = json.loads((tmp_path / "evaluation.json").read_text())
-    files = sorted(tmp_path.glob("pictures/*/*.png"))
+    files = sorted(tmp_path.glob("images/*/*.png"))
     times = {file: file.stat().st_mtime_ns for file in files}
     for file in files[3:5]:
         file.unlink()
@@ -258,7 +258,7 @@ def test_what_is_there_is_not_drawn_again(options, world, tmp_path, monkeypatch,
     for before, after in zip(first["cases"], again["cases"], strict=True):
         assert before["means"]["reward"]["mean"] == pytest.approx(after["means"]["reward"]["mean"], abs=1e-2)
 
-    # More prompts, more pictures of each, another LoRA.
+    # More prompts, more images of each, another LoRA.
     (tmp_path / "more.txt").write_text((world / "prompts.txt").read_text() + "a hill at night\n")
     count_drawn.clear()
     more = ["--prompts", tmp_path / "more.txt", "--num_images_per_prompt", "3"]
@@ -338,7 +338,7 @@ def test_two_processes_go_on_after_a_kill_and_find_what_one_finds(options, world
     killed = subprocess.Popen(
         [sys.executable, "evaluate.py", *two], cwd=ROOT, env={**os.environ, **settings}, **quiet
     )
-    while not list(tmp_path.glob("two/pictures/*/*.png")) and killed.poll() is None:
+    while not list(tmp_path.glob("two/images/*/*.png")) and killed.poll() is None:
         time.sleep(0.02)
     killed.kill()
     killed.wait()
@@ -348,7 +348,7 @@ def test_two_processes_go_on_after_a_kill_and_find_what_one_finds(options, world
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("win / tie / loss") == 1 and two.stderr.count("scoring: 100%") <= 2
     run_in_process(evaluate, monkeypatch, *run, "--output_dir", tmp_path / "one")
-    rows = [read_rows(tmp_path / name / "pictures.csv") for name in ("one", "two")]
+    rows = [read_rows(tmp_path / name / "images.csv") for name in ("one", "two")]
     assert len(rows[0]) == 2 * 3 * 3
     for one, two in zip(*rows, strict=True):
         assert one["seed"] == two["seed"] and one["prompt"] == two["prompt"]

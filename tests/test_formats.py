@@ -25,7 +25,7 @@ def lora_file(parts, tmp_path):
     return save_lora(parts.unet, tmp_path / "lora", {"step": 7})
 
 
-def picture(model, lora=None, scale=1.0):
+def image(model, lora=None, scale=1.0):
     pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True)
     if lora:
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="own")
@@ -36,10 +36,10 @@ def picture(model, lora=None, scale=1.0):
     )
 
 
-def test_kohyas_format_draws_the_same_pictures(lora_file, tiny, tmp_path):
+def test_kohyas_format_draws_the_same_images(lora_file, tiny, tmp_path):
     model, kohya = tiny / "stable-diffusion-v1-4", tmp_path / "kohya.safetensors"
     kohya.write_bytes(to_kohya(lora_file.read_bytes()))
-    ours, theirs, base = picture(model, lora_file), picture(model, kohya), picture(model)
+    ours, theirs, base = image(model, lora_file), image(model, kohya), image(model)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     assert (ours - base).abs().max() > 0.01
     weights = load_file(kohya)
@@ -60,8 +60,8 @@ def test_a_merged_model_draws_what_the_lora_drew(lora_file, tiny, tmp_path, scal
     assert {path.name for path in output.iterdir()} == {path.name for path in model.iterdir()}
     weights = load_file(output / "unet/diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float16}  # as the model's
-    wanted, base = picture(model, lora_file, scale), picture(model)
-    merged = picture(output)
+    wanted, base = image(model, lora_file, scale), image(model)
+    merged = image(output)
     assert (merged - wanted).abs().max() < 0.1 * (wanted - base).abs().max()  # float16 rounds the weights
     with pytest.raises(UserError, match="exists; name a new folder"):
         merge.merge(merge.Options(str(model), str(lora_file), scale, str(output)))

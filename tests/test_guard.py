@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from test_scripts import LORA, events, run_in_process
 
 RNG = np.random.default_rng(0)
-NOISE = RNG.normal(0, 1, 64)  # of the pictures: the same at each validation
+NOISE = RNG.normal(0, 1, 64)  # of the images: the same at each validation
 
 
 def seen(step, reward, held_out=0.0, saturated=0.1, diversity=1.0, spread=0.1) -> Seen:
-    """A validation of 64 pictures of 32 prompts with these means, and a spread from one to the next."""
+    """A validation of 64 images of 32 prompts with these means, and a spread from one to the next."""
     own = [NOISE + RNG.normal(mean, spread, 64) for mean in (reward, held_out)]
     saturated = np.abs(RNG.normal(saturated, spread / 10, 64))
     return Seen(step, list(own[0]), list(saturated), list(own[1]), list(RNG.normal(diversity, spread, 32)))
@@ -276,22 +276,22 @@ def test_diversity_is_the_mean_distance_of_all_pairs():
     torch.testing.assert_close(rewards.diversity(features), expected, rtol=1e-5, atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------- images
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures with captions beside them."""
-    folder = tmp_path / "pictures"
+    """Three images with captions beside them."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for index, size in enumerate([(64, 64), (100, 80), (70, 200)]):
         Image.fromarray(RNG.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f" a picture,\n number {index} ")
+        (folder / f"{index}.txt").write_text(f" an image,\n number {index} ")
     return folder
 
 
 def test_captions_are_read_from_either_kind_of_file(folder):
-    expected = [(folder / f"{index}.png", f"a picture, number {index}") for index in range(3)]
+    expected = [(folder / f"{index}.png", f"an image, number {index}") for index in range(3)]
     assert captioned.read_captioned(folder) == expected
     lines = [json.dumps({"file_name": file.name, "text": text}) for file, text in reversed(expected)]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
@@ -309,19 +309,19 @@ def test_captions_are_read_from_either_kind_of_file(folder):
         (lambda f: (f / "metadata.jsonl").write_text("[]"), "metadata.jsonl, line 1: expected"),
         (
             lambda f: (f / "metadata.jsonl").write_text('\n{"file_name": "9.png", "text": "a"}'),
-            "no picture .*9.png",
+            "no image .*9.png",
         ),
-        (lambda f: [file.unlink() for file in f.iterdir()], "no picture in it"),
-        (lambda f: (f / "0.png").write_bytes(b"no picture"), "0.png: not a picture that can be read"),
+        (lambda f: [file.unlink() for file in f.iterdir()], "no image in it"),
+        (lambda f: (f / "0.png").write_bytes(b"no image"), "0.png: not an image that can be read"),
     ],
 )
-def test_mistakes_in_a_folder_of_pictures_are_named(folder, training_options, monkeypatch, change, message):
+def test_mistakes_in_a_folder_of_images_are_named(folder, training_options, monkeypatch, change, message):
     change(folder)
     with pytest.raises(UserError, match=message):
         run_in_process(refl_lora, monkeypatch, *training_options, "--pretrain_data", folder)
 
 
-def test_a_picture_is_cut_to_its_middle(folder):
+def test_a_image_is_cut_to_its_middle(folder):
     square = captioned.read_square(folder / "0.png", 64)
     exact = torch.from_numpy(np.array(Image.open(folder / "0.png"))).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(square, exact, rtol=0, atol=1e-6)

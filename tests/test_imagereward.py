@@ -13,7 +13,7 @@ from refl.system.errors import UserError
 import pytest
 import torch
 from conftest import ROOT, run_script
-from parity.parity import ALL_PICTURES, to_tensor
+from parity.parity import ALL_IMAGES, to_tensor
 from parity.parity import PROMPTS as AWKWARD_PROMPTS
 from PIL import Image
 from plain_imagereward import plain_score
@@ -106,7 +106,7 @@ WRONG_CHOICES = {
     "causal text": lambda reward: wrap(
         reward.text, lambda forward, args, kwargs: forward(*args, **kwargs, is_decoder=True, use_cache=False)
     ),
-    "picture normalised twice": twice_normalised,
+    "image normalised twice": twice_normalised,
     "no text mask": lambda reward: wrap(
         reward.text, lambda forward, args, kwargs: forward(*args, **kwargs | {"attention_mask": None})
     ),
@@ -146,7 +146,7 @@ def test_gradient_is_that_of_finite_differences(exact):
     torch.testing.assert_close((gradient * direction).sum(), (ahead - behind) / (2 * step), rtol=1e-6, atol=0)
 
 
-def test_gradient_reaches_the_whole_picture(reward):
+def test_gradient_reaches_the_whole_image(reward):
     images = torch.rand(1, 3, 64, 64, requires_grad=True)
     reward(images, PROMPTS[:1]).sum().backward()
     assert images.grad.isfinite().all() and (images.grad != 0).float().mean() > 0.95
@@ -183,14 +183,14 @@ def in_levels(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels * std + mean) * 255
 
 
-OPAQUE = [kind for kind in ALL_PICTURES if kind not in ("RGBA", "LA", "P", "1")]
+OPAQUE = [kind for kind in ALL_IMAGES if kind not in ("RGBA", "LA", "P", "1")]
 
 
 @pytest.mark.parametrize("kind", OPAQUE)
-def test_pictures_and_tensors_are_prepared_alike(kind):
-    picture = ALL_PICTURES[kind]
-    by_pillow = in_levels(imagereward.preprocess_pil(picture, 224))
-    by_torch = in_levels(imagereward.preprocess(to_tensor(picture), 224))
+def test_images_and_tensors_are_prepared_alike(kind):
+    image = ALL_IMAGES[kind]
+    by_pillow = in_levels(imagereward.preprocess_pil(image, 224))
+    by_torch = in_levels(imagereward.preprocess(to_tensor(image), 224))
     assert by_pillow.shape == by_torch.shape == (1, 3, 224, 224)
     # Pillow rounds and clamps after each of its two passes: 0.3 levels, on thin lines 0.7 and at most 7.
     difference = (by_pillow - by_torch.clamp(0, 255)).abs()
@@ -198,18 +198,18 @@ def test_pictures_and_tensors_are_prepared_alike(kind):
 
 
 def test_without_antialiasing_it_would_show():
-    picture = to_tensor(ALL_PICTURES["thin lines"])
-    aliased = torch.nn.functional.interpolate(picture, size=(224, 224), mode="bicubic") * 255
-    assert (in_levels(imagereward.preprocess(picture, 224)) - aliased).abs().mean() > 5
+    image = to_tensor(ALL_IMAGES["thin lines"])
+    aliased = torch.nn.functional.interpolate(image, size=(224, 224), mode="bicubic") * 255
+    assert (in_levels(imagereward.preprocess(image, 224)) - aliased).abs().mean() > 5
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "1"])
-def test_pictures_are_resized_in_their_own_mode(kind):
-    # As published: a palette is not blended, colours are weighed by alpha. RGB first gives another picture.
-    picture = ALL_PICTURES[kind]
-    own_mode = picture.resize((224, 224), Image.Resampling.BICUBIC).convert("RGB")
-    rgb_first = picture.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
-    prepared = in_levels(imagereward.preprocess_pil(picture, 224))
+def test_images_are_resized_in_their_own_mode(kind):
+    # As published: a palette is not blended, colours are weighed by alpha. RGB first gives another image.
+    image = ALL_IMAGES[kind]
+    own_mode = image.resize((224, 224), Image.Resampling.BICUBIC).convert("RGB")
+    rgb_first = image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
+    prepared = in_levels(imagereward.preprocess_pil(image, 224))
     torch.testing.assert_close(prepared, to_tensor(own_mode) * 255, rtol=0, atol=1e-3)
     assert (prepared - to_tensor(rgb_first) * 255).abs().max() > 10
 
@@ -223,12 +223,12 @@ def test_preprocessing_is_centred_and_normalised():
     assert imagereward.preprocess(torch.zeros(2, 3, 33, 47).half(), 32).dtype == torch.float32
 
 
-def test_pictures_and_tensors_are_scored_alike():
+def test_images_and_tensors_are_scored_alike():
     reward = imagereward.load(ROOT / "demo/checkpoint")
     differences = []
     for kind in OPAQUE:
-        picture = ALL_PICTURES[kind]
-        by_pillow, by_torch = (reward.score("a red circle", one) for one in (picture, to_tensor(picture)[0]))
+        image = ALL_IMAGES[kind]
+        by_pillow, by_torch = (reward.score("a red circle", one) for one in (image, to_tensor(image)[0]))
         differences.append(abs(by_pillow - by_torch))
     assert sorted(differences)[len(OPAQUE) // 2] < 0.004 and max(differences) < 0.03
 
@@ -238,15 +238,15 @@ def test_pictures_and_tensors_are_scored_alike():
 
 @pytest.fixture
 def files(tmp_path):
-    """Three picture files."""
+    """Three image files."""
     kinds = ("smooth", "wide", "grey")
     paths = [tmp_path / f"{kind}.png" for kind in kinds]
     for kind, path in zip(kinds, paths, strict=True):
-        ALL_PICTURES[kind].save(path)
+        ALL_IMAGES[kind].save(path)
     return paths
 
 
-def test_score_takes_pictures_paths_and_tensors(reward, files):
+def test_score_takes_images_paths_and_tensors(reward, files):
     by_path = reward.score("a red cat", files)
     assert by_path == reward.score("a red cat", [Image.open(path) for path in files])
     assert by_path == [pytest.approx(reward.score("a red cat", str(path)), abs=1e-5) for path in files]
@@ -264,7 +264,7 @@ def test_score_takes_pictures_paths_and_tensors(reward, files):
     assert reward.score("a red cat", []) == []
 
 
-def test_rank_gives_each_picture_its_place(reward, files):
+def test_rank_gives_each_image_its_place(reward, files):
     ranks, scores = reward.rank("a red cat", files)
     assert scores == reward.score("a red cat", files)
     assert sorted(ranks) == [1, 2, 3] and scores[ranks.index(1)] == max(scores)
@@ -272,17 +272,17 @@ def test_rank_gives_each_picture_its_place(reward, files):
     assert reward.rank("a red cat", [files[0], files[0]])[0] == [1, 2]
 
 
-def test_what_is_no_picture_is_refused(reward, tmp_path):
-    (tmp_path / "text.png").write_text("not a picture")
+def test_what_is_no_image_is_refused(reward, tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
     for image, message in (
         (tmp_path / "nowhere.png", "nowhere.png: No such file"),
-        (tmp_path / "text.png", "text.png: not a picture"),
+        (tmp_path / "text.png", "text.png: not an image"),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), r"\(3, H, W\), floating, in \[0, 1\]; this one is"),
         (torch.full((3, 8, 8), 255.0), "goes from 255 to 255"),
         (torch.full((3, 8, 8), float("nan")), "goes from nan"),
         (torch.full((3, 8, 8), 1.01), "goes from 1.01 to 1.01"),
         (torch.zeros(1, 8, 8), r"this one is \(1, 8, 8\)"),
-        (torch.zeros(3, 8, 8).numpy(), "a PIL picture, a path or a tensor; this is a ndarray"),
+        (torch.zeros(3, 8, 8).numpy(), "a PIL image, a path or a tensor; this is a ndarray"),
         ([None], "this is a NoneType"),
         (None, "this is a NoneType"),
     ):
@@ -290,10 +290,10 @@ def test_what_is_no_picture_is_refused(reward, tmp_path):
             reward.score("a red cat", image)
 
 
-def test_pictures_and_prompts_must_pair_up(reward):
+def test_images_and_prompts_must_pair_up(reward):
     # A text would be read letter by letter, one prompt be repeated, two become a pair of BERT's.
     for prompts in ("a red fox", ["one"], ["a", "b", "c"], ["a", None], "ab"):
-        with pytest.raises(UserError, match="2 pictures need as many prompts, in a list; got"):
+        with pytest.raises(UserError, match="2 images need as many prompts, in a list; got"):
             reward(IMAGES, prompts)
     with pytest.raises(UserError, match="need as many prompts"):
         reward.score(["a red", "cat dog"], IMAGES)
@@ -316,7 +316,7 @@ def test_the_command_prints_a_table(reward, tiny, files, monkeypatch, capsys):
     command.main()
     ranks, scores = reward.rank("a red cat", files)
     header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert header == ["rank", "score", "picture"]
+    assert header == ["rank", "score", "image"]
     expected = sorted(zip(ranks, scores, map(str, files), strict=True))
     assert [(int(rank), path) for rank, _, path in rows] == [(rank, path) for rank, _, path in expected]
     assert [float(row[1]) for row in rows] == pytest.approx([score for _, score, _ in expected], abs=6e-4)
@@ -325,13 +325,13 @@ def test_the_command_prints_a_table(reward, tiny, files, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("a.png b.png", "no such picture: a.png, b.png"),
-        ("", "name one picture or more"),
+        ("a.png b.png", "no such image: a.png, b.png"),
+        ("", "name one image or more"),
         ("README.md --reward_path nowhere", "nowhere/ImageReward.pt .*THUDM/ImageReward"),
         ("README.md --reward_path nowhere.pt", "nowhere.pt .*THUDM/ImageReward"),
         ("README.md --device cuda:9", "--device cuda:9: not a device that can be used on this machine"),
         ("README.md --device meta", "--device meta: not a device that can be used"),
-        ("README.md", "README.md: not a picture that can be read"),
+        ("README.md", "README.md: not an image that can be read"),
         ("a.png --batch_size 0", "--batch_size 0: must be 1 or more"),
     ],
 )
@@ -344,7 +344,7 @@ def test_the_command_refuses(tiny, monkeypatch, options, message):
 
 def test_the_command_runs_from_the_shell(tiny):
     run = run_script(sys.executable, "-m", "refl", "score", "a red cat", "a.png", "--reward_path", tiny)
-    assert run.returncode == 2 and run.stderr.strip() == "error: no such picture: a.png."
+    assert run.returncode == 2 and run.stderr.strip() == "error: no such image: a.png."
 
 
 def test_the_command_scores_what_it_can_read(tiny, files, monkeypatch, capsys):
@@ -352,7 +352,7 @@ def test_the_command_scores_what_it_can_read(tiny, files, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["imagereward", "a cat", *map(str, files), "--reward_path", str(tiny / "ImageReward.pt")]
     )
-    with pytest.raises(UserError, match="wide.png: not a picture that can be read"):
+    with pytest.raises(UserError, match="wide.png: not an image that can be read"):
         command.main()
     assert len(capsys.readouterr().out.splitlines()) == 3
 

@@ -80,11 +80,11 @@ def test_the_decoder_draws_the_same_bits_with_the_same_gradient(parts, dtype, la
     lean = copy.deepcopy(vae)
     make_lean(lean)
     x0 = torch.randn(2, 4, 8, 8, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
-    pictures, gradients = [], []
+    images, gradients = [], []
     for model in (vae, lean):
-        pictures.append(decode(model, x0))
-        gradients += torch.autograd.grad(pictures[-1].square().sum(), x0)
-    assert torch.equal(*pictures)
+        images.append(decode(model, x0))
+        gradients += torch.autograd.grad(images[-1].square().sum(), x0)
+    assert torch.equal(*images)
     assert (gradients[0] - gradients[1]).norm() <= 4 * torch.finfo(dtype).eps * gradients[0].norm()
 
 

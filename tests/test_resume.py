@@ -125,7 +125,7 @@ def points(run):
     curves = {
         tag: [(point.step, point.value) for point in board.Scalars(tag)]
         for tag in board.Tags()["scalars"]
-        if tag.split("/")[0] not in ("seconds", "pictures_per_second", "memory")
+        if tag.split("/")[0] not in ("seconds", "images_per_second", "memory")
     }
     for tag, curve in curves.items():
         assert max(Counter(step for step, _ in curve).values()) == 1, tag

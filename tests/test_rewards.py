@@ -137,10 +137,10 @@ def test_names_that_are_no_rewards(own, specification, message):
 
 
 FAULTS = {
-    "column": r"returned a tensor \(2, 1\) for 2 pictures; it must return a tensor \(2,\)",
-    "mean": r"returned a tensor \(\) for 2 pictures",
-    "number": "returned a float for 2 pictures",
-    "inplace": "changes the pictures in place",
+    "column": r"returned a tensor \(2, 1\) for 2 images; it must return a tensor \(2,\)",
+    "mean": r"returned a tensor \(\) for 2 images",
+    "number": "returned a float for 2 images",
+    "inplace": "changes the images in place",
     "nan": r"returned \[nan, nan\]; scores must be finite",
     "detached": r"gives no gradient: .* without detach\(\)",
     "blind": "gives no gradient",
@@ -187,7 +187,7 @@ def test_a_target_below_all_rewards_is_said(own, training_options, monkeypatch, 
     run_in_process(
         refl_lora, monkeypatch, *training_options, "--reward=own_rewards:red", "--reward_target=-1"
     )
-    assert "note: every picture is above --reward_target -1.0" in capsys.readouterr().out
+    assert "note: every image is above --reward_target -1.0" in capsys.readouterr().out
 
 
 def test_a_faulty_reward_does_not_stop_drawing(own, tiny, trained_lora, monkeypatch, capsys):

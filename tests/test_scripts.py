@@ -98,7 +98,7 @@ def test_the_number_of_processes_does_not_matter(trained):
         "validation/own_rewards.red",
         "reward/imagereward",
         "reward/own_rewards.red",
-        "pictures/saturated",
+        "images/saturated",
     ):
         values = [[point.value for point in board.Scalars(tag)] for board in (two, one)]
         assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-6), tag
@@ -110,9 +110,9 @@ def test_tensorboard_holds_everything(trained):
     phases = ("rollout", "grad_step", "decode", "reward", "backward", "optimizer", "total")
     assert scalars >= {
         "loss", "reward/mean", "reward/std", "reward/min", "reward/max", "reward/above_target",
-        "gradient_norm", "learning_rate", "pictures/saturated", "memory/peak_gib", "validation/reward",
+        "gradient_norm", "learning_rate", "images/saturated", "memory/peak_gib", "validation/reward",
         "reward/imagereward", "validation/imagereward",
-        *(f"seconds/{phase}" for phase in phases), *(f"pictures_per_second/{phase}" for phase in phases),
+        *(f"seconds/{phase}" for phase in phases), *(f"images_per_second/{phase}" for phase in phases),
     }  # fmt: skip
     by_stop = {tag: len(board.Scalars(tag)) for tag in scalars if tag.startswith("gradient_norm_by_stop/")}
     assert (
@@ -122,12 +122,12 @@ def test_tensorboard_holds_everything(trained):
     assert [point.step for point in board.Scalars("loss")] == [1, 2, 3]
     rates = [point.value for point in board.Scalars("learning_rate")]
     assert rates == pytest.approx([0, 1e-2, 0.5e-2], abs=1e-8)
-    assert [point.step for point in board.Images("validation/pictures")] == [0, 2, 3]
-    assert board.Images("validation/pictures")[0].width > 3 * 200
+    assert [point.step for point in board.Images("validation/images")] == [0, 2, 3]
+    assert board.Images("validation/images")[0].width > 3 * 200
     assert [histogram.step for histogram in board.Histograms("reward/histogram")] == [1, 2, 3]
     assert (
         board.Histograms("reward/histogram")[0].histogram_value.num == 8
-    )  # 2 processes x 2 pictures x 2 micro-steps
+    )  # 2 processes x 2 images x 2 micro-steps
     assert all(np.isfinite(point.value) for tag in scalars for point in board.Scalars(tag))
     assert "_hparams_/session_start_info" in board.summary_metadata
     assert "custom_scalars__config__" in board.summary_metadata
@@ -137,10 +137,10 @@ def test_tensorboard_holds_everything(trained):
 
 
 def test_validation_is_shared_out_in_order(trained):
-    # Three pictures on two processes: their rewards must be those that one process finds.
+    # Three images on two processes: their rewards must be those that one process finds.
     two, one = (events(trained / f"world{processes}" / "logs") for processes in (2, 1))
     two, one = (
-        [image.encoded_image_string for image in board.Images("validation/pictures")] for board in (two, one)
+        [image.encoded_image_string for image in board.Images("validation/images")] for board in (two, one)
     )
     assert two[0] == one[0]
 
@@ -228,20 +228,18 @@ def drawn(tiny, trained, tmp_path_factory):
     return folder
 
 
-def test_inference_draws_the_same_pictures_with_and_without_lora(drawn):
+def test_inference_draws_the_same_images_with_and_without_lora(drawn):
     names = [f"{index}.png" for index in range(6)]
     assert sorted(path.name for path in (drawn / "sd14").iterdir()) == names
     assert sorted(path.name for path in (drawn / "lora").iterdir()) == [*names, "grid.png", "rewards.json"]
-    pictures = [[np.asarray(Image.open(drawn / side / name)) for name in names] for side in ("sd14", "lora")]
-    assert all(
-        picture.shape == (64, 64, 3) and picture.dtype == np.uint8 for side in pictures for picture in side
-    )
-    assert len({picture.tobytes() for picture in pictures[0]}) == 6  # six seeds, six pictures
-    assert all((before != after).any() for before, after in zip(*pictures, strict=True))
+    images = [[np.asarray(Image.open(drawn / side / name)) for name in names] for side in ("sd14", "lora")]
+    assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for side in images for image in side)
+    assert len({image.tobytes() for image in images[0]}) == 6  # six seeds, six images
+    assert all((before != after).any() for before, after in zip(*images, strict=True))
     rewards = json.loads((drawn / "lora" / "rewards.json").read_text())
-    assert [row["seed"] for row in rewards["pictures"]] == list(range(11, 17))
-    assert [row["prompt"] for row in rewards["pictures"]] == ["a red cat"] * 3 + ["two dogs"] * 3
-    assert rewards["mean"]["before"] == pytest.approx(np.mean([row["before"] for row in rewards["pictures"]]))
+    assert [row["seed"] for row in rewards["images"]] == list(range(11, 17))
+    assert [row["prompt"] for row in rewards["images"]] == ["a red cat"] * 3 + ["two dogs"] * 3
+    assert rewards["mean"]["before"] == pytest.approx(np.mean([row["before"] for row in rewards["images"]]))
     grid = Image.open(drawn / "lora" / "grid.png")
     assert grid.width > 5 * 256 and grid.height > 4 * 256  # five pairs a row, before above after
 

@@ -85,8 +85,8 @@ def plain_chain(
     t = scheduler.timesteps[stop]
     eps = predict(latents, t, models.guidance[1])
     x0 = scheduler.step(eps, t, latents).pred_original_sample
-    pictures = (parts.vae.decode(x0 / parts.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-    rewards = models.rewards.rewards["imagereward"](pictures, PROMPTS)
+    images = (parts.vae.decode(x0 / parts.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    rewards = models.rewards.rewards["imagereward"](images, PROMPTS)
     loss = grad_scale * (-rewards if target is None else torch.relu(target - rewards)).mean()
     loss = loss + distance * (eps - predict(latents, t, models.guidance[1], parts.base)).pow(2).mean()
     if pretraining:
@@ -227,7 +227,7 @@ def test_gradient_of_a_sum_is_the_sum_of_gradients(parts, reward):
     )
 
 
-def test_pictures_above_the_target_give_no_gradient(parts, reward):
+def test_images_above_the_target_give_no_gradient(parts, reward):
     models, prompt_embeds, noise = build(parts, reward)
     result = refl_step(models, prompt_embeds, noise, STOP, 0.01, -100.0)
     assert result.loss.item() == 0
@@ -266,8 +266,8 @@ def test_saturated_share_is_counted(parts, reward):
         )
         eps = refl_lora.predict_noise(models, latents, STOP, prompt_embeds, 1.0)
         assert torch.equal(x0, models.ddpm.predict_x0(latents, eps, STOP))
-        pictures = decode(models.vae, x0)
-    share = ((pictures < 0) | (pictures > 1)).double().mean().item()
+        images = decode(models.vae, x0)
+    share = ((images < 0) | (images > 1)).double().mean().item()
     result = refl_step(models, prompt_embeds, noise, STOP, 0.01, 2.0)
     assert result.saturated.item() == pytest.approx(share, abs=1e-6)
     assert not math.isnan(share)

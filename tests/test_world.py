@@ -1,4 +1,4 @@
-"""The demo world and its oracle, on drawn pictures."""
+"""The demo world and its oracle, on drawn images."""
 
 import sys
 from dataclasses import astuple
@@ -20,13 +20,13 @@ import world
 
 @pytest.fixture(scope="module")
 def drawn() -> tuple[np.ndarray, list[str]]:
-    """3,000 pictures over the whole range of places and sizes, and a caption of each."""
+    """3,000 images over the whole range of places and sizes, and a caption of each."""
     rng = np.random.default_rng(0)
     specs = world.random_specs(rng, 3000)
-    pictures = world.draw(specs, world.random_geometry(rng, len(specs)))
+    images = world.draw(specs, world.random_geometry(rng, len(specs)))
     templates = rng.integers(len(world.TEMPLATES), size=len(specs))
     numbers = world.spec_number(specs)
-    return pictures, [world.SPECS[n].caption(t) for n, t in zip(numbers, templates, strict=True)]
+    return images, [world.SPECS[n].caption(t) for n, t in zip(numbers, templates, strict=True)]
 
 
 def test_held_out_prompts_are_of_other_specs():
@@ -66,50 +66,48 @@ def test_changed_differs_in_one_attribute():
 
 def test_drawing_is_of_the_size_and_colours_it_should_be():
     spec = world.Spec("blue", "square", "white")
-    picture = world.draw(np.array([spec.indices]), np.array([[32.0, 32.0, 20.0]], np.float32))[0]
-    assert picture.shape == (world.SIZE, world.SIZE, 3) and picture.dtype == np.uint8
-    assert (picture[32, 32] == world.COLOURS["blue"]).all() and (picture[0, 0] == 255).all()
-    blue = (picture == world.COLOURS["blue"]).all(-1)
+    image = world.draw(np.array([spec.indices]), np.array([[32.0, 32.0, 20.0]], np.float32))[0]
+    assert image.shape == (world.SIZE, world.SIZE, 3) and image.dtype == np.uint8
+    assert (image[32, 32] == world.COLOURS["blue"]).all() and (image[0, 0] == 255).all()
+    blue = (image == world.COLOURS["blue"]).all(-1)
     assert np.ptp(np.nonzero(blue)[0]) + 1 == 34  # 2 x 0.85 x radius
 
 
 def test_oracle_reads_drawings(drawn):
-    pictures, prompts = drawn
-    right = judge.grade(pictures, prompts)
+    images, prompts = drawn
+    right = judge.grade(images, prompts)
     assert set(right) == {"colour", "shape", "background", "all_right"}
     assert all(values.shape == (3000,) and values.dtype == bool for values in right.values())
     assert all(values.mean() >= 0.995 for values in right.values())
 
 
 @pytest.mark.parametrize("side", [32, 48, 128, 512])
-def test_oracle_reads_resized_pictures(drawn, side):
-    pictures, prompts = (part[:300] for part in drawn)
-    resized = [
-        Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC) for picture in pictures
-    ]
+def test_oracle_reads_resized_images(drawn, side):
+    images, prompts = (part[:300] for part in drawn)
+    resized = [Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC) for image in images]
     assert judge.grade(resized, prompts)["all_right"].mean() >= 0.995
 
 
-def test_oracle_reads_blurred_and_noisy_pictures(drawn):
-    pictures, prompts = (part[:300] for part in drawn)
-    blurred = [Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1)) for picture in pictures]
+def test_oracle_reads_blurred_and_noisy_images(drawn):
+    images, prompts = (part[:300] for part in drawn)
+    blurred = [Image.fromarray(image).filter(ImageFilter.GaussianBlur(1)) for image in images]
     assert judge.grade(blurred, prompts)["all_right"].mean() >= 0.995
-    noise = np.random.default_rng(0).normal(0, 15, pictures.shape)
-    noisy = (pictures + noise).clip(0, 255).astype(np.uint8)
+    noise = np.random.default_rng(0).normal(0, 15, images.shape)
+    noisy = (images + noise).clip(0, 255).astype(np.uint8)
     assert judge.grade(noisy, prompts)["all_right"].mean() >= 0.995
 
 
 @pytest.mark.parametrize("attribute", world.ATTRIBUTES)
 def test_oracle_marks_a_wrong_word_and_only_that(drawn, attribute):
-    pictures, prompts = (part[:300] for part in drawn)
+    images, prompts = (part[:300] for part in drawn)
     wrong = [world.parse(prompt).changed(attribute)[0].caption(0) for prompt in prompts]
-    right = judge.grade(pictures, wrong)
+    right = judge.grade(images, wrong)
     for name, values in right.items():
         assert values.mean() == (0 if name in (attribute, "all_right") else 1)
 
 
 def test_oracle_does_not_read_what_is_mixed(drawn):
-    pictures, _ = drawn
+    images, _ = drawn
     gray = np.full((64, 64, 3), 128, np.uint8)
     assert judge.judge(gray) == judge.Verdict(shape=None, colour=None, background="gray")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -149,9 +147,9 @@ def test_shipped_checkpoint_is_small_and_knows_every_word():
 
 @pytest.mark.parametrize(("attribute", "least"), [("colour", 0.9), ("shape", 0.85), ("background", 0.9)])
 def test_shipped_reward_prefers_the_right_word(drawn, attribute, least):
-    pictures, prompts = (part[:100] for part in drawn)
+    images, prompts = (part[:100] for part in drawn)
     reward = imagereward.load(DEMO / "checkpoint")
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     wrong = [world.parse(prompt).changed(attribute) for prompt in prompts]  # every other word
     with torch.no_grad():
         right = reward(images, prompts)

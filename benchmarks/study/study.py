@@ -51,7 +51,7 @@ DEMO = f"""{WORLD} --prompts demo/prompts/train.txt --validation_prompts demo/pr
 LONG = """--max_train_steps 1000 --lr_scheduler constant --checkpointing_steps 100
     --checkpoints_total_limit 10 --validation_steps 50 --num_validation_images 64
     --validation_images_per_prompt 2 --held_out_reward judge:all_right"""
-PICTURES = "result/study/pictures"  # of the world itself, for the loss that the model was pretrained with
+IMAGES = "result/study/images"  # of the world itself, for the loss that the model was pretrained with
 
 STUDIES = {
     "guidance": {
@@ -89,7 +89,7 @@ STUDIES = {
         for name, options in {
             "noise distance 0.1": "--noise_distance_weight 0.1",
             "shrinkage 0.01": "--lora_shrinkage 0.01",
-            "pictures, weight 1": f"--pretrain_data {PICTURES} --pretrain_weight 1",
+            "images, weight 1": f"--pretrain_data {IMAGES} --pretrain_weight 1",
         }.items()
     },
 }
@@ -118,19 +118,19 @@ class Options:
     judge_only: bool = False
     """Train nothing."""
     output_dir: str = "result/study"
-    """Where LoRAs and pictures go."""
+    """Where LoRAs and images go."""
 
 
-def write_pictures(folder: Path, of_each: int = 8) -> None:
-    """Pictures that the world draws of what is not held out, with captions."""
+def write_images(folder: Path, of_each: int = 8) -> None:
+    """Images that the world draws of what is not held out, with captions."""
     rng = np.random.default_rng(0)
     specs = [spec for spec in world.SPECS if not spec.held_out for _ in range(of_each)]
     indices = np.array([spec.indices for spec in specs])
-    pictures = world.draw(indices, world.random_geometry(rng, len(specs)))
+    images = world.draw(indices, world.random_geometry(rng, len(specs)))
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, (spec, picture) in enumerate(zip(specs, pictures, strict=True)):
-        Image.fromarray(picture).save(folder / f"{number}.png")
+    for number, (spec, image) in enumerate(zip(specs, images, strict=True)):
+        Image.fromarray(image).save(folder / f"{number}.png")
         caption = spec.caption(rng.integers(len(world.TEMPLATES)))
         lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}) + "\n")
     write_whole(folder / "metadata.jsonl", "".join(lines))
@@ -305,12 +305,8 @@ def report(study: str, evaluations: dict[str, dict], loras: Sequence[Path], fold
         dict(zip(("run", "guidance", "uncond", "step"), key, strict=True)) | {"seeds": seeds}
         for key, seeds in found.items()
     ]
-    write_whole(
-        folder / f"{study}.json", json.dumps(about | {"num_pictures": number, "rows": rows}, indent=1)
-    )
-    head = (
-        f"{about['date']}, {about['machine']}: `{about['command']}`\n\n{number} held-out pictures each.\n\n"
-    )
+    write_whole(folder / f"{study}.json", json.dumps(about | {"num_images": number, "rows": rows}, indent=1))
+    head = f"{about['date']}, {about['machine']}: `{about['command']}`\n\n{number} held-out images each.\n\n"
     write_whole(folder / f"{study}.md", head + table(found))
     plot = plot_curves if len({key[3] for key in found}) > 3 else plot_bars
     plot(found, folder / f"{study}.png")
@@ -330,7 +326,7 @@ def main() -> None:
     options = tyro.cli(Options, use_underscores=True)
     options.studies = options.studies or tuple(STUDIES)
     if "regularisers" in options.studies and not options.judge_only:
-        write_pictures(Path(PICTURES))
+        write_images(Path(IMAGES))
     for study in options.studies:
         folder = Path(options.output_dir, study)
         runs = {

@@ -1,4 +1,4 @@
-"""What the scripts that draw share: their options, and pictures in batches."""
+"""What the scripts that draw share: their options, and images in batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,15 +24,15 @@ AS_TRAINED = ("guidance_scale", "sampler", "num_inference_steps", "resolution", 
 
 
 @dataclass
-class PictureOptions:
+class ImageOptions:
     """Options of every script that draws."""
 
     pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
     """Folder of the text-to-image model, in diffusers' layout."""
     num_images_per_prompt: int = 10
-    """Pictures of each prompt."""
+    """Images of each prompt."""
     seed: int = 0
-    """Seed of the first picture; the next has the next seed, and so on."""
+    """Seed of the first image; the next has the next seed, and so on."""
     num_inference_steps: int = 50
     """Denoising steps."""
     guidance_scale: float = 7.5
@@ -42,7 +42,7 @@ class PictureOptions:
     resolution: int | None = None
     """Pixels a side; None: the model's own (512 for SD-1.4)."""
     batch_size: int = 10
-    """Pictures drawn at once. Halved by itself when the GPU's memory does not suffice."""
+    """Images drawn at once. Halved by itself when the GPU's memory does not suffice."""
     device: str | None = None
     """"cuda", "cuda:1", "cpu", ...; None: a GPU if there is one."""
     dtype: Literal["fp16", "bf16", "fp32"] | None = None
@@ -50,7 +50,7 @@ class PictureOptions:
 
 
 @dataclass
-class DrawingOptions(PictureOptions):
+class DrawingOptions(ImageOptions):
     """Those of scripts that take their prompts from the command line."""
 
     prompt: tuple[str, ...] = ("a lighthouse on a cliff at sunset, oil painting",)
@@ -67,7 +67,7 @@ class LoraOptions:
     """How much of the LoRA to apply; 0 is the model as it is."""
     lora_in_uncond: bool = True
     """Whether guidance takes the prediction for the empty prompt with the LoRA as well, as diffusers does.
-    In the demo world pictures were worse without, however the LoRA was trained."""
+    In the demo world images were worse without, however the LoRA was trained."""
     as_trained: bool = False
     """Draw with the guidance, sampler, steps and resolution that the LoRA was trained with."""
 
@@ -76,17 +76,17 @@ Settled = TypeVar("Settled", bound=LoraOptions)
 
 
 def memory_advice() -> str:
-    """What to do when the GPU's memory does not suffice for one picture."""
+    """What to do when the GPU's memory does not suffice for one image."""
     return "Try --dtype fp16, a lower --resolution, another GPU, or --device cpu."
 
 
 def check(options: DrawingOptions) -> list[str]:
     """The prompts; raises `UserError` for options that cannot be. Loads nothing."""
-    check_pictures(options)
+    check_images(options)
     return read_prompts(options.prompts_file) if options.prompts_file else list(options.prompt)
 
 
-def check_pictures(options: PictureOptions) -> None:
+def check_images(options: ImageOptions) -> None:
     """Raises `UserError` for options that cannot be, whatever the prompts."""
     for name in ("num_images_per_prompt", "num_inference_steps", "batch_size"):
         if getattr(options, name) < 1:
@@ -132,46 +132,46 @@ def _flags(settings: dict, names: Sequence[str]) -> str:
     return " ".join(f"--{name} {settings.get(name, '(not said)')}" for name in names)
 
 
-def pipeline(options: PictureOptions) -> StableDiffusionPipeline:
+def pipeline(options: ImageOptions) -> StableDiffusionPipeline:
     """The pipeline that the options ask for."""
     device = devices.find(options.device)
     dtype = DTYPES[precision(options, device)]
     return load_pipeline(options.pretrained_model_name_or_path, options.sampler, dtype, device)
 
 
-def precision(options: PictureOptions, device: torch.device) -> str:
+def precision(options: ImageOptions, device: torch.device) -> str:
     """One of `DTYPES`: as asked for, or what suits the device."""
     return options.dtype or ("fp16" if device.type == "cuda" else "fp32")
 
 
 def draw(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], options: PictureOptions, title: str
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], options: ImageOptions, title: str
 ) -> Iterator[Image.Image]:
-    """Pictures, `num_images_per_prompt` of each prompt in turn, seeds counting up from `seed`."""
+    """Images, `num_images_per_prompt` of each prompt in turn, seeds counting up from `seed`."""
     wanted = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
-    with tqdm(total=len(wanted), desc=title, unit="picture") as bar:
+    with tqdm(total=len(wanted), desc=title, unit="image") as bar:
         yield from draw_each(pipeline, list(zip(wanted, count(options.seed), strict=False)), options, bar)
 
 
 def draw_each(
-    pipeline: StableDiffusionPipeline, wanted: Sequence[tuple[str, int]], options: PictureOptions, bar: tqdm
+    pipeline: StableDiffusionPipeline, wanted: Sequence[tuple[str, int]], options: ImageOptions, bar: tqdm
 ) -> Iterator[Image.Image]:
-    """The picture of each prompt and seed, drawn in batches; one that does not fit into memory is halved."""
+    """The image of each prompt and seed, drawn in batches; one that does not fit into memory is halved."""
     batch_size, done = options.batch_size, 0
     steps, guidance, resolution = options.num_inference_steps, options.guidance_scale, options.resolution
     while done < len(wanted):
         prompts, seeds = zip(*wanted[done : done + batch_size], strict=True)
         try:
-            pictures = generate(pipeline, prompts, seeds, steps, guidance, resolution)
+            images = generate(pipeline, prompts, seeds, steps, guidance, resolution)
         except torch.OutOfMemoryError:
             if len(prompts) == 1:
                 raise
-            pictures = None
-        if pictures is None:  # outside `except`, whose traceback still holds the tensors
+            images = None
+        if images is None:  # outside `except`, whose traceback still holds the tensors
             torch.cuda.empty_cache()
             batch_size = (len(prompts) + 1) // 2
-            bar.write(f"out of memory; going on with {batch_size} pictures at once")
+            bar.write(f"out of memory; going on with {batch_size} images at once")
             continue
-        yield from map(to_pil, pictures)
+        yield from map(to_pil, images)
         done += len(prompts)
         bar.update(len(prompts))

@@ -2,7 +2,7 @@
 
 Nothing here is trained but a LoRA's two matrices. torch's own layers do not know: a convolution keeps its
 input for a weight gradient that nobody asks for, and GroupNorm followed by SiLU keeps three tensors of one
-size where one tells the others. Stable Diffusion's decoder keeps 5.7 GiB for a picture of 512x512 in float32,
+size where one tells the others. Stable Diffusion's decoder keeps 5.7 GiB for an image of 512x512 in float32,
 and 1.9 GiB in these layers, without computing any convolution twice.
 """
 

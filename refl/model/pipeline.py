@@ -82,8 +82,8 @@ def _without_lora_in_uncond(
 def load_pipeline(
     folder: str | Path, sampler: str, dtype: torch.dtype, device: str | torch.device
 ) -> StableDiffusionPipeline:
-    """diffusers' pipeline with one of `SAMPLERS`; decodes in float32 where `dtype` is float16, picture by
-    picture."""
+    """diffusers' pipeline with one of `SAMPLERS`; decodes in float32 where `dtype` is float16, image by
+    image."""
     parts = load_stable_diffusion(folder, dtype, device)
     pipeline = StableDiffusionPipeline(
         vae=parts.vae,
@@ -108,7 +108,7 @@ def generate(
     guidance_scale: float,
     resolution: int | None = None,
 ) -> Tensor:
-    """Pictures (B, 3, H, W) float32 in [0, 1] on the CPU, one for each prompt and its seed.
+    """Images (B, 3, H, W) float32 in [0, 1] on the CPU, one for each prompt and its seed.
 
     A seed stands for one noise on every device and in every batch. Decoded one at a time, so that memory does
     not grow with the batch.

@@ -1,4 +1,4 @@
-"""Stable Diffusion's parts: loaded and frozen, LoRA put in, taken out and saved, DDPM's arithmetic, pictures
+"""Stable Diffusion's parts: loaded and frozen, LoRA put in, taken out and saved, DDPM's arithmetic, images
 drawn."""
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ def load_stable_diffusion(
 ) -> StableDiffusion:
     """Parts of a model in diffusers' layout, frozen, in `dtype`; the VAE in float32 where `dtype` is float16.
 
-    SD's VAE overflows in float16 (its activations pass 65,504), and one such picture is all NaN.
+    SD's VAE overflows in float16 (its activations pass 65,504), and one such image is all NaN.
     """
     transformers_logging.disable_progress_bar()
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -80,7 +80,7 @@ def not_loadable(folder: str | Path, error: Exception) -> UserError:
 
 
 def vae_factor(vae: AutoencoderKL) -> int:
-    """Picture pixels per latent pixel, 8 for Stable Diffusion."""
+    """Image pixels per latent pixel, 8 for Stable Diffusion."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
@@ -98,18 +98,18 @@ def encode_prompts(parts: StableDiffusion, prompts: Sequence[str], batch_size: i
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W), float32 at least, about [0, 1] but not clamped, of latents (B, C, h, w) at the
+    """Images (B, 3, H, W), float32 at least, about [0, 1] but not clamped, of latents (B, C, h, w) at the
     UNet's scale."""
     with torch.autocast(latents.device.type, enabled=False):
-        pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-    return pictures.to(torch.promote_types(pictures.dtype, torch.float32)) / 2 + 0.5
+        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    return images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, picture: Tensor) -> Tensor:
-    """Latents (C, h, w), float32, at the UNet's scale, of a picture (3, H, W) in [-1, 1]: the mean of what
+def encode(vae: AutoencoderKL, image: Tensor) -> Tensor:
+    """Latents (C, h, w), float32, at the UNet's scale, of an image (3, H, W) in [-1, 1]: the mean of what
     the encoder allows for."""
-    moments = vae.encode(picture[None].to(vae.device, vae.dtype)).latent_dist
+    moments = vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist
     return moments.mode()[0].float() * vae.config.scaling_factor
 
 

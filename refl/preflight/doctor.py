@@ -91,8 +91,8 @@ class Options(TrainingOptions):
 def check_options(options: TrainingOptions) -> str:
     """Their values are possible ones."""
     check_values(options)
-    pictures = options.train_batch_size * options.gradient_accumulation_steps
-    return f"{options.max_train_steps} steps of {pictures} pictures a process"
+    images = options.train_batch_size * options.gradient_accumulation_steps
+    return f"{options.max_train_steps} steps of {images} images a process"
 
 
 def check_versions(options: Any) -> str:
@@ -150,13 +150,13 @@ def check_scheduler(options: Any) -> str:
 
 
 def check_prompts(options: Any) -> str:
-    """Both prompt files can be read, and captioned pictures, if they are asked for."""
+    """Both prompt files can be read, and captioned images, if they are asked for."""
     counts = [len(read_prompts(path)) for path in (options.prompts, options.validation_prompts)]
     text = f"{counts[0]} to train on, {counts[1]} to validate with"
     if options.pretrain_data:
         from refl.train import captioned  # only here: its libraries may be what is wrong
 
-        text += f"; {len(captioned.read_captioned(options.pretrain_data))} pictures with captions"
+        text += f"; {len(captioned.read_captioned(options.pretrain_data))} images with captions"
     return text
 
 
@@ -218,7 +218,7 @@ def memory_advice(options: Any) -> str:
 
 
 def _dtype_and_resolution(options: Any) -> tuple[Any, int]:
-    """Of the frozen models and the pictures: as asked for, as launched, or as train_refl_lora.sh chooses."""
+    """Of the frozen models and the images: as asked for, as launched, or as train_refl_lora.sh chooses."""
 
     import torch
 

@@ -94,8 +94,8 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
         def decoder_and_reward() -> None:
             size = options.decode_batch_size
             x0 = torch.empty(size, unet.config.in_channels, side, side, requires_grad=True)
-            pictures = decode(vae, x0).clamp(0, 1)
-            torch.autograd.grad(score(reward, pictures) if is_trained_on else pictures.mean(), x0)
+            images = decode(vae, x0).clamp(0, 1)
+            torch.autograd.grad(score(reward, images) if is_trained_on else images.mean(), x0)
 
         def gradient() -> None:
             eps = predict_noise(options.train_batch_size, "gradient")
@@ -146,10 +146,10 @@ def without_content(
         yield unet, vae, reward
 
 
-def score(reward: imagereward.ImageReward, pictures: Tensor) -> Tensor:
-    """The sum of the rewards, (), of pictures (B, 3, H, W) for prompts of no content."""
-    ids = torch.zeros(len(pictures), imagereward.MAX_TOKENS, dtype=torch.long)
-    pixels = imagereward.preprocess(pictures, reward.image_size)
+def score(reward: imagereward.ImageReward, images: Tensor) -> Tensor:
+    """The sum of the rewards, (), of images (B, 3, H, W) for prompts of no content."""
+    ids = torch.zeros(len(images), imagereward.MAX_TOKENS, dtype=torch.long)
+    pixels = imagereward.preprocess(images, reward.image_size)
     return reward.score_tokens(pixels, ids, torch.ones_like(ids)).sum()
 
 

@@ -1,4 +1,4 @@
-"""The model card of a training's output folder: README.md with curves and pictures, for people and for the
+"""The model card of a training's output folder: README.md with curves and images, for people and for the
 Hugging Face Hub.
 
 python -m refl card checkpoint/refl_lora
@@ -52,7 +52,7 @@ class Options:
 
 
 def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
-    """Write README.md and its pictures; an evaluation, once given, stays. The same files make the same bytes.
+    """Write README.md and its images; an evaluation, once given, stays. The same files make the same bytes.
 
     Raises `UserError` for a folder without a LoRA, one that cannot be written, an evaluation that is none.
     """
@@ -62,14 +62,14 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
         raise UserError(f"no LoRA at {lora}; name the --output_dir of a training that is finished.")
     digest = hashlib.sha256(lora.read_bytes()).hexdigest()
     facts, files = _training(folder)
-    kept, has_picture = _read_json(folder / EVALUATION), (folder / BEFORE_AFTER).is_file()
+    kept, has_image = _read_json(folder / EVALUATION), (folder / BEFORE_AFTER).is_file()
     if evaluation:
         kept = _read_json(Path(evaluation) / EVALUATION)
         grid = Path(evaluation) / "grid.png"
         files[EVALUATION] = json.dumps(kept, indent=2) + "\n"
-        if has_picture := grid.is_file():
+        if has_image := grid.is_file():
             files[BEFORE_AFTER] = grid.read_bytes()
-    facts |= {"evaluation": kept, "has_picture": has_picture}
+    facts |= {"evaluation": kept, "has_image": has_image}
     try:
         cases = _cases(kept, digest)
         if evaluation and not cases:
@@ -83,7 +83,7 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
     try:
         for name, content in (files | {FILE: card}).items():
             write_whole(folder / name, content)
-        if not has_picture:
+        if not has_image:
             (folder / BEFORE_AFTER).unlink(missing_ok=True)  # of an earlier evaluation
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
@@ -100,18 +100,18 @@ def write_if_possible(folder: str | Path, evaluation: str | Path | None = None) 
 
 
 def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:
-    """What the card says of the training, and its pictures by file name."""
+    """What the card says of the training, and its images by file name."""
     lora = folder / LORA_FILE
     metadata, options, state = (
         read_metadata(lora),
         _read_json(folder / "options.json"),
         _state(folder),
     )
-    scalars, pictures = _read_events(folder / str(options.get("logging_dir", "logs")))
+    scalars, images = _read_events(folder / str(options.get("logging_dir", "logs")))
     step = metadata.get("step")
-    pictures = _first_and_last(pictures, step)
+    images = _first_and_last(images, step)
     names = ("validation_before.png", "validation_after.png")
-    files = {name: picture.encoded_image_string for name, picture in zip(names, pictures, strict=False)}
+    files = {name: image.encoded_image_string for name, image in zip(names, images, strict=False)}
     if scalars:
         files["curves.png"] = curves(scalars, step)
     main_options = MAIN_OPTIONS + [name for name in EXTRA_OPTIONS if options.get(name)]
@@ -127,7 +127,7 @@ def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:
         "kohya_file": KOHYA_FILE,
         "has_kohya": (folder / KOHYA_FILE).is_file(),
         "has_curves": bool(scalars),
-        "pictures": pictures,
+        "images": images,
         "validation": _first_and_last(scalars.get("validation/reward", []), step),
         "time": _time(scalars),
         "data": _data(options, state.get("decides", {})),
@@ -148,13 +148,13 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_events(folder: Path) -> tuple[dict[str, list], list]:
-    """TensorBoard's finite scalars by tag and the pictures of validation; none where none can be read."""
+    """TensorBoard's finite scalars by tag and the images of validation; none where none can be read."""
     everything = {"scalars": 0, "images": 0, "histograms": 1, "compressedHistograms": 1}  # 0: all of them
     try:
         events = EventAccumulator(str(folder), size_guidance=everything).Reload()
-        tags, pictures = events.Tags(), "validation/pictures"
+        tags, images = events.Tags(), "validation/images"
         scalars = {tag: [p for p in events.Scalars(tag) if math.isfinite(p.value)] for tag in tags["scalars"]}
-        return scalars, events.Images(pictures) if pictures in tags["images"] else []
+        return scalars, events.Images(images) if images in tags["images"] else []
     except Exception:  # TensorBoard's own kinds, of a folder that is not there or files it cannot read
         return {}, []
 
@@ -216,9 +216,9 @@ def _data(options: dict, decides: dict) -> list[str]:
     if path := options.get("validation_prompts"):
         lines.append(f"Validated on prompts of {code(Path(str(path)).name)}")
     if path := options.get("pretrain_data"):
-        lines.append(f"Regularised by the captioned pictures of {code(Path(str(path)).name)}")
+        lines.append(f"Regularised by the captioned images of {code(Path(str(path)).name)}")
     elif lines:
-        lines.append("No pictures were trained on")
+        lines.append("No images were trained on")
     return lines
 
 
@@ -279,7 +279,7 @@ def curves(scalars: dict[str, list], lora_step: int | None = None) -> bytes:
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     reward, validation, loss, norm = figure.subplots(2, 2).flat
     for axis, tag, title in (
-        (reward, "reward/mean", "reward of the pictures trained on"),
+        (reward, "reward/mean", "reward of the images trained on"),
         (loss, "loss", "loss"),
         (norm, "gradient_norm", "gradient norm before clipping"),
     ):

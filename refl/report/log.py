@@ -21,12 +21,12 @@ LAYOUT = {
     "Is it healthy?": {
         "loss": ["Multiline", ["^loss$"]],
         "gradient norm": ["Multiline", ["^gradient_norm$"]],
-        "saturated colours": ["Multiline", ["^pictures/saturated$"]],
+        "saturated colours": ["Multiline", ["^images/saturated$"]],
         "learning rate": ["Multiline", ["^learning_rate$"]],
     },
     "What does it cost?": {
         "seconds": ["Multiline", ["^seconds/"]],
-        "pictures per second": ["Multiline", ["^pictures_per_second/total$"]],
+        "images per second": ["Multiline", ["^images_per_second/total$"]],
         "peak memory, GiB": ["Multiline", ["^memory/peak_gib$"]],
     },
 }
@@ -48,9 +48,9 @@ def write_scalars(writer: SummaryWriter, scalars: dict[str, float], step: int) -
         writer.add_scalar(tag, value, step)
 
 
-def write_picture(writer: SummaryWriter, tag: str, picture: Image.Image, step: int) -> None:
-    """One PIL picture."""
-    writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+def write_image(writer: SummaryWriter, tag: str, image: Image.Image, step: int) -> None:
+    """One PIL image."""
+    writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
 
 class Phases:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-MAX_SIDE = 256  # pixels of a picture in the report
+MAX_SIDE = 256  # pixels of an image in the report
 BINS = 30  # an even number: losses end where gains begin
 # Colours of plots by what they stand for: each is replaced by one that follows the page, light or dark.
 TEXT, LINE, ACCENT = "#010203", "#040506", "#070809"
@@ -29,7 +29,7 @@ COLOUR_MAP = "viridis"
 
 @dataclass
 class Pair:
-    """A picture without and with the LoRA, from the same noise."""
+    """An image without and with the LoRA, from the same noise."""
 
     prompt: str
     seed: int
@@ -96,7 +96,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def render(evaluation: dict, shown: int, differences: np.ndarray, pairs: dict[str, list[Pair]]) -> str:
-    """The page. `differences` (N,) are the shown case's, of the reward, picture by picture."""
+    """The page. `differences` (N,) are the shown case's, of the reward, image by image."""
     cases = evaluation["cases"]
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -109,19 +109,19 @@ def render(evaluation: dict, shown: int, differences: np.ndarray, pairs: dict[st
             for index, case in sorted(enumerate(cases), key=lambda item: item[0] != shown)
             if case["against_base"]
         ],
-        histogram=plot(lambda axis: histogram(axis, differences), "Differences of the reward, by picture"),
+        histogram=plot(lambda axis: histogram(axis, differences), "Differences of the reward, by image"),
         curves=curves(evaluation),
         heat_maps=heat_maps(evaluation, cases[shown]["lora_path"]),
         pairs=pairs,
     )
 
 
-def data_uri(picture: Image.Image) -> str:
-    """A picture for an <img>, no larger than it is shown."""
+def data_uri(image: Image.Image) -> str:
+    """An image for an <img>, no larger than it is shown."""
     content = io.BytesIO()
-    picture = picture.copy()
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    picture.save(content, format="JPEG", quality=88)
+    image = image.copy()
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    image.save(content, format="JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
@@ -156,14 +156,14 @@ def plot(draw: Callable[[Axes], None], title: str) -> Markup:
 
 
 def histogram(axis: Axes, differences: np.ndarray) -> None:
-    """How many pictures became better or worse by how much."""
+    """How many images became better or worse by how much."""
     widest = float(np.abs(differences).max()) or 1.0
     axis.hist(differences, bins=np.linspace(-widest, widest, BINS + 1), color=ACCENT)
     axis.axvline(0, color=TEXT, lw=1, label="base")
     axis.axvline(differences.mean(), color=TEXT, lw=1, ls="--", label=f"mean {differences.mean():+.3f}")
     axis.legend(frameon=False, fontsize=8, labelcolor=TEXT)
     axis.set_xlabel("with the LoRA minus without")
-    axis.set_ylabel("pictures")
+    axis.set_ylabel("images")
     axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 

@@ -1,4 +1,4 @@
-"""What training shows: TensorBoard's scalars, histograms and options, captioned grids of pictures, seconds by
+"""What training shows: TensorBoard's scalars, histograms and options, captioned grids of images, seconds by
 phase."""
 
 import textwrap
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 CAPTION_SIZE = 14  # pixels
-MAX_PICTURES = 32  # of a validation that are shown
+MAX_IMAGES = 32  # of a validation that are shown
 
 
 # TensorBoard's tab "custom scalars": what to look at first. Tags as regular expressions.
@@ -17,7 +17,7 @@ def grid(
     cell: int = 256,
     header: str = "",
 ) -> Image.Image:
-    """Pictures with a caption below each, scaled to fit `cell` pixels, one row for each sequence."""
+    """Images with a caption below each, scaled to fit `cell` pixels, one row for each sequence."""
     font = ImageFont.load_default(CAPTION_SIZE)
     per_line = max(8, int(cell / (CAPTION_SIZE * 0.52)))
     lines = [
@@ -33,11 +33,11 @@ def grid(
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 6), header, fill="black", font=font)
     for row, row_lines, height in zip(rows, lines, heights, strict=True):
-        for column, (picture, text) in enumerate(zip(row, row_lines, strict=True)):
+        for column, (image, text) in enumerate(zip(row, row_lines, strict=True)):
             left = gap + column * (cell + gap)
-            scale = cell / max(picture.size)
+            scale = cell / max(image.size)
             resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-            shown = picture.resize((round(picture.width * scale), round(picture.height * scale)), resample)
+            shown = image.resize((round(image.width * scale), round(image.height * scale)), resample)
             sheet.paste(shown, (left, top + gap))
             draw.multiline_text((left, top + gap + cell + 2), "\n".join(text), fill="black", font=font)
         top += height
@@ -45,24 +45,24 @@ def grid(
 
 
 def sheet(
-    pictures: Sequence[Image.Image], captions: Sequence[str], header: str, per_row: int = 4
+    images: Sequence[Image.Image], captions: Sequence[str], header: str, per_row: int = 4
 ) -> Image.Image:
-    """A `grid` of one sequence of pictures, `per_row` in each row."""
-    rows = [slice(start, start + per_row) for start in range(0, len(pictures), per_row)]
-    return grid([pictures[row] for row in rows], [captions[row] for row in rows], header=header)
+    """A `grid` of one sequence of images, `per_row` in each row."""
+    rows = [slice(start, start + per_row) for start in range(0, len(images), per_row)]
+    return grid([images[row] for row in rows], [captions[row] for row in rows], header=header)
 
 
 def pairs(
-    pictures: dict[str, Sequence[Image.Image]],
+    images: dict[str, Sequence[Image.Image]],
     captions: dict[str, Sequence[str]],
     per_row: int,
     header: str = "",
 ) -> Image.Image:
-    """A `grid` of sequences by side, such as before and after, as long as each other: each picture above its
+    """A `grid` of sequences by side, such as before and after, as long as each other: each image above its
     partner."""
     rows, texts = [], []
-    for start in range(0, len(next(iter(pictures.values()))), per_row):
-        for side, own in pictures.items():
+    for start in range(0, len(next(iter(images.values()))), per_row):
+        for side, own in images.items():
             rows.append(own[start : start + per_row])
             texts.append(captions[side][start : start + per_row])
     return grid(rows, texts, header=header)

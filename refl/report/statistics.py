@@ -1,6 +1,6 @@
 """What the mean over some prompts says of the mean over all such prompts: bootstrap intervals.
 
-Pictures of one prompt are alike, so prompts are what is drawn again, each with all of its pictures.
+Images of one prompt are alike, so prompts are what is drawn again, each with all of its images.
 """
 
 import numpy as np

@@ -1,14 +1,14 @@
 """ImageReward (Xu et al. 2023, arXiv 2304.05977) on transformers' BLIP classes, from the published files.
 
     scorer = imagereward.load("checkpoint")
-    scorer.score("a red fox", "fox.png")             # the published score of a picture
+    scorer.score("a red fox", "fox.png")             # the published score of an image
     scorer.rank("a red fox", ["1.png", "2.png"])     # places, 1 is the best, and scores
     scorer(images, prompts)                          # tensors in [0, 1]; differentiable
 
     python -m refl score "a red fox" *.png     # the same as a table
 
-A BLIP vision tower reads the picture, a BERT with cross attention reads the prompt while looking at the
-picture, and a linear head turns the feature of the first token into a score. `ImageReward.pt` is loaded as
+A BLIP vision tower reads the image, a BERT with cross attention reads the prompt while looking at the
+image, and a linear head turns the feature of the first token into a score. `ImageReward.pt` is loaded as
 published: only its keys are renamed. Files that follow the same format at other sizes load as well: sizes are
 read from the weights' shapes, and what shapes do not tell (heads, activation, normalisation of the score)
 from `med_config.json`, where keys that the published file lacks default to the published values.
@@ -70,7 +70,7 @@ SIZING_KEYS = (
 )
 UNUSED_KEYS = re.compile(r"^blip\.(text_encoder\.embeddings\.position_ids$|vision_proj\.|text_proj\.)")
 
-Picture = Image.Image | str | PathLike | Tensor  # a tensor: (3, H, W) in [0, 1]
+ImageInput = Image.Image | str | PathLike | Tensor  # a tensor: (3, H, W) in [0, 1]
 
 
 # -------------------------------------------------------------------------------------------------- the model
@@ -88,13 +88,13 @@ class VisionAttention(BlipAttention):
 
 
 class TextAttention(BlipTextSelfAttention):
-    """The text tower's attention, to itself or to the picture, by the same kernel."""
+    """The text tower's attention, to itself or to the image, by the same kernel."""
 
     def forward(
         self,
         hidden_states: Tensor,  # (B, tokens, width)
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,  # (B, picture tokens, picture width)
+        encoder_hidden_states: Tensor | None = None,  # (B, image tokens, image width)
         **_,
     ) -> tuple[Tensor, None]:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -107,7 +107,7 @@ class TextAttention(BlipTextSelfAttention):
 
 
 class ImageReward(nn.Module):
-    """Human-preference score of a picture for a prompt; differentiable in the picture.
+    """Human-preference score of an image for a prompt; differentiable in the image.
 
     `head_widths` are the output widths of the head's linear layers, the last one 1.
     """
@@ -155,9 +155,9 @@ class ImageReward(nn.Module):
         return F.normalize(self.vision(pixels).last_hidden_state[:, 0].float(), dim=-1)
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores, (B,) float32, of preprocessed pictures (B, 3, image_size, image_size)."""
+        """Scores, (B,) float32, of preprocessed images (B, 3, image_size, image_size)."""
         if isinstance(prompts, str) or [type(prompt) for prompt in prompts] != [str] * len(pixels):
-            raise UserError(f"{len(pixels)} pictures need as many prompts, in a list; got {prompts!r:.80}.")
+            raise UserError(f"{len(pixels)} images need as many prompts, in a list; got {prompts!r:.80}.")
         tokens = self.tokenize(prompts).to(pixels.device, non_blocking=True)
         return self.score_tokens(pixels, tokens.input_ids, tokens.attention_mask)
 
@@ -191,12 +191,12 @@ class ImageReward(nn.Module):
 
     @torch.no_grad()
     def score(
-        self, prompt: str, images: Picture | Iterable[Picture], batch_size: int = 8
+        self, prompt: str, images: ImageInput | Iterable[ImageInput], batch_size: int = 8
     ) -> float | list[float]:
-        """The score of one picture, or those of several: PIL pictures, paths, tensors in [0, 1].
+        """The score of one image, or those of several: PIL images, paths, tensors in [0, 1].
 
-        Pictures and paths are resized in 8 bits, as published; tensors as in training. Raises `UserError` for
-        what is no picture.
+        Images and paths are resized in 8 bits, as published; tensors as in training. Raises `UserError` for
+        what is no image.
         """
         if not isinstance(images, Iterable) or isinstance(images, str) or getattr(images, "ndim", 4) == 3:
             return self.score(prompt, [images])[0]
@@ -206,8 +206,8 @@ class ImageReward(nn.Module):
             scores += self.score_pixels(pixels, [prompt] * len(pixels)).tolist()
         return scores
 
-    def rank(self, prompt: str, images: Iterable[Picture]) -> tuple[list[int], list[float]]:
-        """Each picture's place, 1 being the best and the first of equals before the next, and each one's
+    def rank(self, prompt: str, images: Iterable[ImageInput]) -> tuple[list[int], list[float]]:
+        """Each image's place, 1 being the best and the first of equals before the next, and each one's
         score."""
         scores = self.score(prompt, images)
         scores = scores if isinstance(scores, list) else [scores]
@@ -216,21 +216,19 @@ class ImageReward(nn.Module):
             ranks[index] = place
         return ranks, scores
 
-    def _pixels(self, image: Picture) -> Tensor:  # (1, 3, image_size, image_size)
+    def _pixels(self, image: ImageInput) -> Tensor:  # (1, 3, image_size, image_size)
         if isinstance(image, Image.Image | str | PathLike):
             return preprocess_pil(image, self.image_size).to(self.device)
         if not torch.is_tensor(image):
-            raise UserError(
-                f"a picture is a PIL picture, a path or a tensor; this is a {type(image).__name__}."
-            )
+            raise UserError(f"an image is a PIL image, a path or a tensor; this is a {type(image).__name__}.")
         if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
             raise UserError(
-                "a picture as a tensor is (3, H, W), floating, in [0, 1]; this one is "
+                "an image as a tensor is (3, H, W), floating, in [0, 1]; this one is "
                 f"{tuple(image.shape)}, {image.dtype}."
             )
         if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # resizing may overshoot a little
             raise UserError(
-                "a picture as a tensor is in [0, 1]; this one goes from "
+                "an image as a tensor is in [0, 1]; this one goes from "
                 f"{image.min():.6g} to {image.max():.6g}."
             )
         return preprocess(image[None].to(self.device), self.image_size)
@@ -255,14 +253,14 @@ def preprocess(images: Tensor, size: int) -> Tensor:
 
 
 def preprocess_pil(image: Image.Image | str | PathLike, size: int) -> Tensor:
-    """A picture or its file as (1, 3, size, size), bit for bit as published: resize and crop in the picture's
-    own mode, then RGB. Raises `UserError` for a file that is no picture."""
+    """An image or its file as (1, 3, size, size), bit for bit as published: resize and crop in the image's
+    own mode, then RGB. Raises `UserError` for a file that is no image."""
     if not isinstance(image, Image.Image):
         try:
             with Image.open(image) as file:
                 return preprocess_pil(file, size)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or "not a picture that can be read"
+            reason = getattr(error, "strerror", None) or "not an image that can be read"
             raise UserError(f"{image}: {reason}.") from error
     height, width = _resized(image.height, image.width, size)
     if (width, height) != image.size:

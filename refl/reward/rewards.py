@@ -1,4 +1,4 @@
-"""Rewards: what pictures are taught to please, one or a weighted sum of several.
+"""Rewards: what images are taught to please, one or a weighted sum of several.
 
 A reward is a callable (images, prompts) -> scores: images (B, 3, H, W) float32 in [0, 1], a list of B
 prompts, scores (B,), higher is better, differentiable in the images. `--reward` names them:
@@ -73,7 +73,7 @@ class WeightedRewards:
         scores = self.rewards[name](images, prompts)
         if images._version != version:
             raise UserError(
-                f"the reward {name} changes the pictures in place, and others are to see them too; let it "
+                f"the reward {name} changes the images in place, and others are to see them too; let it "
                 "work on a copy (x = x - mean instead of x -= mean)."
             )
         if not torch.is_tensor(scores) or scores.shape != (len(prompts),):
@@ -81,7 +81,7 @@ class WeightedRewards:
                 f"a tensor {tuple(scores.shape)}" if torch.is_tensor(scores) else f"a {type(scores).__name__}"
             )
             raise UserError(
-                f"the reward {name} returned {got} for {len(prompts)} pictures; it must return a tensor "
+                f"the reward {name} returned {got} for {len(prompts)} images; it must return a tensor "
                 f"({len(prompts)},), one score for each."
             )
         if name not in self.proven:
@@ -99,7 +99,7 @@ class WeightedRewards:
             (gradient,) = torch.autograd.grad(scores.sum(), images, retain_graph=True, allow_unused=True)
         if gradient is None:
             raise UserError(
-                f"the reward {name} gives no gradient: its scores must follow from the pictures by torch's "
+                f"the reward {name} gives no gradient: its scores must follow from the images by torch's "
                 "differentiable functions alone, without detach(), item(), numpy or torch.no_grad()."
             )
         if not gradient.isfinite().all():
@@ -108,14 +108,14 @@ class WeightedRewards:
             )
         if not gradient.any() and is_first_process():
             logging.getLogger(__name__).warning(
-                f"the reward {name} has a gradient of zero for the first pictures; if that goes on, it "
+                f"the reward {name} has a gradient of zero for the first images; if that goes on, it "
                 "teaches nothing (round() and argmax() have no gradient)"
             )
         self.proven.add(name)
 
 
 def diversity(features: Tensor) -> Tensor:
-    """How different the pictures of each prompt are: mean of 1 - cosine over all pairs, (P,), of features
+    """How different the images of each prompt are: mean of 1 - cosine over all pairs, (P,), of features
     (P, n, width) of length 1."""
     n = features.shape[1]
     return (1 - (features.sum(1).square().sum(1) - n) / (n * (n - 1))).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Scores of picture files from the shell: python -m refl score "a red fox" *.png"""
+"""Scores of image files from the shell: python -m refl score "a red fox" *.png"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,40 +18,40 @@ MEMORY_ADVICE = "Try a lower --batch_size, another GPU, or --device cpu."
 
 @dataclass
 class Options:
-    """Score pictures for a prompt, best first."""
+    """Score images for a prompt, best first."""
 
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
-    """What the pictures should show."""
-    pictures: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE ...", help_behavior_hint="")
+    """What the images should show."""
+    images: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...", help_behavior_hint="")
     ]
-    """Picture files."""
+    """Image files."""
     reward_path: str = "checkpoint"
     """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
     device: str | None = None
     """"cuda", "cuda:1", "cpu", ...; None: a GPU if there is one."""
     batch_size: int = 8
-    """Pictures scored at once."""
+    """Images scored at once."""
 
 
 @torch.no_grad()
 def main() -> None:
-    """A table of the pictures named on the command line."""
+    """A table of the images named on the command line."""
     options = tyro.cli(Options, prog="python -m refl score", use_underscores=True)
-    if not options.pictures:
-        raise UserError("name one picture or more, after the prompt.")
+    if not options.images:
+        raise UserError("name one image or more, after the prompt.")
     if options.batch_size < 1:
         raise UserError(f"--batch_size {options.batch_size}: must be 1 or more.")
-    if missing := [path for path in options.pictures if not Path(path).is_file()]:
-        raise UserError(f"no such picture: {', '.join(missing)}.")
+    if missing := [path for path in options.images if not Path(path).is_file()]:
+        raise UserError(f"no such image: {', '.join(missing)}.")
     doctor.check_reward(options.reward_path)
     scorer = imagereward.load(options.reward_path, devices.find(options.device))
 
     scored, unreadable = [], []
-    with tqdm(total=len(options.pictures), desc="scoring", unit="picture", leave=False, delay=2) as bar:
-        for start in range(0, len(options.pictures), options.batch_size):
+    with tqdm(total=len(options.images), desc="scoring", unit="image", leave=False, delay=2) as bar:
+        for start in range(0, len(options.images), options.batch_size):
             readable, pixels = [], []
-            for path in options.pictures[start : start + options.batch_size]:
+            for path in options.images[start : start + options.batch_size]:
                 try:
                     pixels.append(imagereward.preprocess_pil(path, scorer.image_size))
                     readable.append(path)
@@ -63,7 +63,7 @@ def main() -> None:
                     torch.cat(pixels).to(scorer.device), [options.prompt] * len(pixels)
                 )
                 scored += zip(scores.tolist(), readable, strict=True)
-    print("rank   score  picture")
+    print("rank   score  image")
     for place, (score, path) in enumerate(sorted(scored, key=lambda pair: -pair[0]), 1):
         print(f"{place:4}  {score:+.3f}  {path}")
     if unreadable:

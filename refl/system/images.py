@@ -11,20 +11,20 @@ from PIL import Image
 from torch import Tensor
 
 
-def to_pil(picture: Tensor) -> Image.Image:
-    """A picture (3, H, W) in [0, 1], values beyond cut off, as 8-bit RGB."""
+def to_pil(image: Tensor) -> Image.Image:
+    """An image (3, H, W) in [0, 1], values beyond cut off, as 8-bit RGB."""
     return Image.fromarray(
-        (picture.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     )
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture as (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG whole, or not at all."""
     content = io.BytesIO()
-    picture.save(content, format="PNG")
+    image.save(content, format="PNG")
     write_whole(path, content.getvalue())

@@ -1,4 +1,4 @@
-"""Captioned pictures in a folder: what the model's own training loss is taken on."""
+"""Captioned images in a folder: what the model's own training loss is taken on."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def read_captioned(folder: str | Path) -> list[tuple[Path, str]]:
-    """Pictures of `folder` with their captions, in order.
+    """Images of `folder` with their captions, in order.
 
-    Captions are in metadata.jsonl (a line {"file_name": ..., "text": ...} for each picture, as the datasets
-    library has it), or in a .txt file beside each picture. Raises `UserError` with the place of the mistake.
+    Captions are in metadata.jsonl (a line {"file_name": ..., "text": ...} for each image, as the datasets
+    library has it), or in a .txt file beside each image. Raises `UserError` with the place of the mistake.
     """
     folder = Path(folder)
     metadata = folder / "metadata.jsonl"
@@ -29,10 +29,10 @@ def read_captioned(folder: str | Path) -> list[tuple[Path, str]]:
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         pairs = [(file, _read_caption(file.with_suffix(".txt"))) for file in files]
     if not pairs:
-        raise UserError(f"--pretrain_data {folder}: no picture in it ({', '.join(SUFFIXES)}).")
+        raise UserError(f"--pretrain_data {folder}: no image in it ({', '.join(SUFFIXES)}).")
     for file, _ in pairs:
         if not file.is_file():
-            raise UserError(f"{metadata}: there is no picture {file}.")
+            raise UserError(f"{metadata}: there is no image {file}.")
     return pairs
 
 
@@ -62,12 +62,12 @@ def _read_caption(file: Path) -> str:
 
 
 def read_square(file: Path, side: int) -> Tensor:
-    """A picture as (3, side, side) in [-1, 1]: turned as its camera says, short side to `side`, its middle
-    cut out. Raises `UserError` for a file that is no picture."""
+    """An image as (3, side, side) in [-1, 1]: turned as its camera says, short side to `side`, its middle
+    cut out. Raises `UserError` for a file that is no image."""
     try:
-        with Image.open(file) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
+        with Image.open(file) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file}: not a picture that can be read.") from error
+        raise UserError(f"{file}: not an image that can be read.") from error
     square = np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.BICUBIC))
     return torch.from_numpy(square.copy()).permute(2, 0, 1).float() / 127.5 - 1

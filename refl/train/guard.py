@@ -1,8 +1,8 @@
 """When to stop: the reward that is trained still rises, and what it stands for gets worse.
 
-A reward model is a proxy. Optimised for too long it is satisfied by pictures that nobody wants, and its own
+A reward model is a proxy. Optimised for too long it is satisfied by images that nobody wants, and its own
 value does not tell. Three things do, on prompts that are not trained on: rewards that are not trained on,
-pictures of a prompt that become all alike, and colours driven to their limits. Each validation draws from the
+images of a prompt that become all alike, and colours driven to their limits. Each validation draws from the
 same noise, so two of them are compared prompt by prompt, and "worse" means worse beyond what the spread of
 these differences explains by chance, in two validations in a row.
 """
@@ -14,13 +14,13 @@ import numpy as np
 
 Z = 2.326  # of a one-sided test that is wrong once in a hundred times
 IN_A_ROW = 2  # validations; one alone is too often worse by chance, the best so far being the luckiest
-MIN_DIVERSITY = 0.25  # of the base model's; much is lost rightly, since right pictures are more alike
+MIN_DIVERSITY = 0.25  # of the base model's; much is lost rightly, since right images are more alike
 MAX_SATURATED = 0.05  # share of colour values, beyond the base model's
 
 
 @dataclass
 class Seen:
-    """What one validation found: means over the pictures of each prompt."""
+    """What one validation found: means over the images of each prompt."""
 
     step: int
     rewards: list[float]  # of each prompt, trained on

@@ -40,7 +40,7 @@ class Options:
     also_kohya: bool = False
     """Write the LoRA in kohya's format as well, for A1111 and ComfyUI: kohya_lora.safetensors."""
     resolution: int | None = None
-    """Pixels a side of the pictures; None: the model's own (512 for SD-1.4)."""
+    """Pixels a side of the images; None: the model's own (512 for SD-1.4)."""
 
     # LoRA
     rank: int = 4
@@ -50,7 +50,7 @@ class Options:
 
     # Optimisation
     train_batch_size: int = 2
-    """Pictures per process and micro-step."""
+    """Images per process and micro-step."""
     gradient_accumulation_steps: int = 4
     """Micro-steps per optimizer step."""
     max_train_steps: int = 100
@@ -81,10 +81,10 @@ class Options:
     """Factor on the loss. AdamW nearly cancels it.
     It matters against --max_grad_norm, --adam_epsilon and the weights of regularisers only."""
     reward_target: float | None = 2.0
-    """Pictures whose reward, the weighted sum of all, is above this get no gradient.
+    """Images whose reward, the weighted sum of all, is above this get no gradient.
     None: maximise the plain reward."""
     num_inference_steps: int = 40
-    """DDPM steps from noise to picture."""
+    """DDPM steps from noise to image."""
     min_stop: int = 30
     """First denoising step, counted from 0, that may get the gradient."""
     max_stop: int = 39
@@ -107,7 +107,7 @@ class Options:
     lora_shrinkage: float = 0.0
     """After each optimizer step what the LoRA adds to the model is multiplied by 1 - this, such as 0.01."""
     pretrain_data: str | None = None
-    """Folder of captioned pictures: adds the model's own training loss on them, as published.
+    """Folder of captioned images: adds the model's own training loss on them, as published.
     Captions: metadata.jsonl with file_name and text, or a .txt beside each."""
     pretrain_weight: float = 1.0
     """Factor on that loss; the paper has 1 with --grad_scale 0.001."""
@@ -123,12 +123,12 @@ class Options:
     gradient_checkpointing: bool = False
     """Recompute UNet's and decoder's activations in the backward pass: less memory, some more time."""
     decode_batch_size: int = 1
-    """Pictures decoded and scored at once; must divide --train_batch_size. Higher: more memory."""
+    """Images decoded and scored at once; must divide --train_batch_size. Higher: more memory."""
     low_memory: bool = False
     """For small GPUs (8 GB do at 512 pixels in any precision); some time more.
     Recomputes activations, decodes one by one, has each frozen model on the GPU only while it is used."""
     rollout_batch_size: int = 8
-    """Pictures rolled out at once, from as many micro-steps as it takes; more fill a large GPU better."""
+    """Images rolled out at once, from as many micro-steps as it takes; more fill a large GPU better."""
     allow_tf32: bool = False
     """Let float32 matrix products on Ampere and newer GPUs use TF32."""
     seed: int = 0
@@ -153,11 +153,11 @@ class Options:
     num_validation_images: int = 4
     """Prompts per validation."""
     validation_images_per_prompt: int = 1
-    """Pictures of each; 2 or more also show how diverse they are."""
+    """Images of each; 2 or more also show how diverse they are."""
     logging_dir: str = "logs"
     """TensorBoard's folder, inside --output_dir."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Where curves and pictures go."""
+    """Where curves and images go."""
 
 
 def read_options(arguments: list[str]) -> Options:

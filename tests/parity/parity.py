@@ -1,6 +1,6 @@
-"""The published ImageReward and ours on the same file, pictures and prompts. Started by run.sh.
+"""The published ImageReward and ours on the same file, images and prompts. Started by run.sh.
 
-parity.py prepare FOLDER            in our environment: weights of full size, random; pictures
+parity.py prepare FOLDER            in our environment: weights of full size, random; images
 parity.py answers FOLDER original   in the published package's environment: scores, ranks, gradients, pixels
 parity.py answers FOLDER ours       in ours
 parity.py costs FOLDER NAME         seconds and memory of one of them, a line in FOLDER/costs.jsonl
@@ -31,13 +31,13 @@ PROMPTS = {
     "short": "a red fox",
     "empty": "",
     "a sentence": "an oil painting of a lighthouse on a cliff at sunset, with gulls above the sea",
-    "long": "a very detailed picture of " + "an old wooden house near a river with a boat and " * 6 + "snow",
+    "long": "a very detailed image of " + "an old wooden house near a river with a boat and " * 6 + "snow",
     "non-English": "Красная лиса в снегу, ねこ と いぬ, 狐狸, château d'été, Übergröße",
     "punctuation": 'WOW!!! $5.00 (a dog\'s) -- "e=mc^2", #1? [MASK] ... @home & <b>',
 }
 
 
-def pictures() -> dict[str, Image.Image]:
+def reference_images() -> dict[str, Image.Image]:
     """One of each kind that could be read differently."""
     random = np.random.default_rng(0)
     y, x = np.mgrid[0:512, 0:512] / 512
@@ -63,24 +63,24 @@ def pictures() -> dict[str, Image.Image]:
     }
 
 
-def more_pictures() -> dict[str, Image.Image]:
+def more_images() -> dict[str, Image.Image]:
     """Further sizes and modes, for preprocessing alone."""
-    photo = pictures()["photo-like noise"]
+    photo = reference_images()["photo-like noise"]
     sizes = ((224, 224), (225, 224), (100, 90), (31, 500), (223, 447), (1000, 37), (513, 511))
     found = {f"{width}x{height}": photo.resize((width, height)) for width, height in sizes}
     found |= {mode: photo.convert(mode) for mode in ("P", "1", "LA", "CMYK", "YCbCr")}
-    found["LA"].putalpha(pictures()["smooth"].getchannel("R"))
+    found["LA"].putalpha(reference_images()["smooth"].getchannel("R"))
     return found
 
 
-ALL_PICTURES = pictures() | more_pictures()
+ALL_IMAGES = reference_images() | more_images()
 
 
 # -------------------------------------------------------------------------------------- the two, made alike
 
 
 class Original:
-    """The published package. `reward` does what its training script does with a decoded picture."""
+    """The published package. `reward` does what its training script does with a decoded image."""
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype):
         # Its torchvision may be built for CUDA beside a torch that is not; these parts, operators for
@@ -105,8 +105,8 @@ class Original:
         )
         self.score, self.rank = self.model.score, self.model.inference_rank
 
-    def pixels(self, picture):
-        return self.model.preprocess(picture)
+    def pixels(self, image):
+        return self.model.preprocess(image)
 
     def reward(self, images, prompts):
         tokens = self.model.blip.tokenizer(
@@ -129,19 +129,19 @@ class Ours:
         self.preprocess = imagereward.preprocess_pil
         self.score, self.rank, self.reward = self.model.score, self.model.rank, self.model
 
-    def pixels(self, picture):
-        return self.preprocess(picture, 224)[0]
+    def pixels(self, image):
+        return self.preprocess(image, 224)[0]
 
 
 SIDES = {"original": Original, "ours": Ours}
 
 
-def to_tensor(picture: Image.Image) -> torch.Tensor:  # (1, 3, H, W) in [0, 1]
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+def to_tensor(image: Image.Image) -> torch.Tensor:  # (1, 3, H, W) in [0, 1]
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
 
 
 def gradient(side, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (B,) and d score / d picture (B, 3, H, W)."""
+    """Scores (B,) and d score / d image (B, 3, H, W)."""
     images = images.requires_grad_()
     scores = side.reward(images, prompts)
     return scores.detach(), torch.autograd.grad(scores.sum(), images)[0]
@@ -160,28 +160,28 @@ def prepare(folder: Path) -> None:
 
 
 def answers(folder: Path, name: str) -> None:
-    """What one side makes of all pictures and prompts, into FOLDER/NAME.npz."""
+    """What one side makes of all images and prompts, into FOLDER/NAME.npz."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # float32 is meant
     side = SIDES[name](folder, device, torch.float32)
     found = {}
-    for kind, picture in ALL_PICTURES.items():
-        found[f"pixels/{kind}"] = side.pixels(picture)
-    shown = list(pictures().values())
+    for kind, image in ALL_IMAGES.items():
+        found[f"pixels/{kind}"] = side.pixels(image)
+    shown = list(reference_images().values())
     for label, prompt in tqdm(PROMPTS.items(), f"{name}: scores", unit="prompt"):
         with torch.no_grad():
-            found[f"score/{label}"] = torch.tensor([side.score(prompt, picture) for picture in shown])
+            found[f"score/{label}"] = torch.tensor([side.score(prompt, image) for image in shown])
             ranks, scores = side.rank(prompt, shown)
         found[f"rank/{label}"], found[f"rank_score/{label}"] = torch.tensor(ranks), torch.tensor(scores)
-    for kind, picture in tqdm(pictures().items(), f"{name}: gradients", unit="picture"):
-        images = to_tensor(picture).to(device).repeat(len(PROMPTS), 1, 1, 1)
+    for kind, image in tqdm(reference_images().items(), f"{name}: gradients", unit="image"):
+        images = to_tensor(image).to(device).repeat(len(PROMPTS), 1, 1, 1)
         found[f"training_score/{kind}"], found[f"gradient/{kind}"] = gradient(
             side, images, list(PROMPTS.values())
         )
     if name == "ours":  # what half precision costs in exactness
         half = SIDES[name](folder, device, torch.bfloat16)
         images = torch.cat(
-            [to_tensor(pictures()[kind]) for kind in ("smooth", "photo-like noise", "thin lines")]
+            [to_tensor(reference_images()[kind]) for kind in ("smooth", "photo-like noise", "thin lines")]
         )
         prompts = list(PROMPTS.values())[:3]
         for label, some in (("full", side), ("half", half)):
@@ -190,11 +190,11 @@ def answers(folder: Path, name: str) -> None:
 
 
 def costs(folder: Path, name: str) -> None:
-    """Seconds of loading, scoring, and forward with backward, a batch of four pictures, and peak memory."""
+    """Seconds of loading, scoring, and forward with backward, a batch of four images, and peak memory."""
     is_cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if is_cuda else ("cpu", torch.float32)  # half pays on a GPU only
     side = SIDES[name](folder, device, dtype)
-    images = to_tensor(pictures()["photo-like noise"]).repeat(4, 1, 1, 1).to(device)
+    images = to_tensor(reference_images()["photo-like noise"]).repeat(4, 1, 1, 1).to(device)
     prompts = list(PROMPTS.values())[:4]
 
     def seconds(work) -> float:
@@ -233,15 +233,15 @@ def compare(folder: Path) -> int:
         return max(np.linalg.norm(x - y) / np.linalg.norm(x) for x, y in zip(a, b, strict=True))
 
     gradients = [key for key in original.files if key.startswith("gradient/")]
-    pairs = f"{len(PROMPTS)} prompts x {len(pictures())} pictures"
+    pairs = f"{len(PROMPTS)} prompts x {len(reference_images())} images"
     checks = (
-        (f"pixels of {len(ALL_PICTURES)} pictures", largest("pixels"), 0),
+        (f"pixels of {len(ALL_IMAGES)} images", largest("pixels"), 0),
         (f"score, {pairs}", largest("score"), SCORE_TOLERANCE),
         ("score by ranking", largest("rank_score"), SCORE_TOLERANCE),
         ("score in training", largest("training_score"), SCORE_TOLERANCE),
         ("places by ranking", largest("rank"), 0),
         (
-            "picture's gradient, relative",
+            "image's gradient, relative",
             max(relative(original[key], ours[key]) for key in gradients),
             GRADIENT_TOLERANCE,
         ),
@@ -254,19 +254,19 @@ def compare(folder: Path) -> int:
     scores = gather(original, "score")
     agree &= scores.std() > 0.1  # otherwise agreement would mean little
     print(f"\nscores from {scores.min():+.2f} to {scores.max():+.2f}, standard deviation {scores.std():.2f}")
-    kinds = [index for index, kind in enumerate(pictures()) if kind != "RGBA"]  # a tensor has no alpha
-    by_picture = np.stack([ours[f"score/{label}"] for label in PROMPTS])[:, kinds]
-    by_tensor = np.stack([ours[f"training_score/{kind}"] for kind in pictures()], axis=1)[:, kinds]
-    apart = abs(by_picture - by_tensor)
-    print(
-        f"ours, tensors against pictures of 8 bits: median {np.median(apart):.4f}, at most {apart.max():.4f}"
-    )
+    kinds = [
+        index for index, kind in enumerate(reference_images()) if kind != "RGBA"
+    ]  # a tensor has no alpha
+    by_image = np.stack([ours[f"score/{label}"] for label in PROMPTS])[:, kinds]
+    by_tensor = np.stack([ours[f"training_score/{kind}"] for kind in reference_images()], axis=1)[:, kinds]
+    apart = abs(by_image - by_tensor)
+    print(f"ours, tensors against images of 8 bits: median {np.median(apart):.4f}, at most {apart.max():.4f}")
     half = abs(ours["half/score"] - ours["full/score"]).max()
     share = relative(ours["full/gradient"], ours["half/gradient"])
     print(f"ours, bfloat16 against float32: score within {half:.3f}, gradient within {share:.1%}")
 
     lines = [json.loads(line) for line in (folder / "costs.jsonl").read_text().splitlines()]
-    device = f"{lines[0]['device']}; 4 pictures of 512x512"
+    device = f"{lines[0]['device']}; 4 images of 512x512"
     print(f"\n| {device} | original | ours | ours / original |\n|---|---|---|---|")
     for key in COSTS:
         a, b = (min(line[key] for line in lines if line["side"] == name) for name in SIDES)

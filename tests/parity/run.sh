@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Is ours the same function as the published ImageReward? Both score the same pictures from the same full-size file
+# Is ours the same function as the published ImageReward? Both score the same images from the same full-size file
 # (random weights), each in its own environment; fails unless scores, rankings, pixels and gradients agree.
 #
 #   bash tests/parity/run.sh        about 15 minutes on two cores; needs 8 GB of memory and 6 GB of disk
