@@ -314,9 +314,9 @@ def test_each_training_has_a_curve_of_its_own():
     cases = [case(None, None, 0), case("a/checkpoint-50", 50, 1), case("a", 100, 2),
              case("b/checkpoint-50", 50, 3), case("c/checkpoint-50", 50, 4)]  # fmt: skip
     evaluation = {"measures": ["reward"], "cases": cases}
-    [one] = html.curves(evaluation)
+    [one] = page.curves(evaluation)
     cases += [case("b/best", 70, 5)]
-    [two] = html.curves(evaluation)
+    [two] = page.curves(evaluation)
     texts = [set(re.findall(r"<text[^>]*>([^<]*)</text>", svg)) for svg in (one, two)]
     assert not {"a", "b"} & texts[0] and {"a", "b"} <= texts[1] and "c" not in texts[1]  # a legend for two
 
