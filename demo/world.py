@@ -31,10 +31,10 @@ RADIUS = (16, 20)
 TEMPLATES = (
     "a {colour} {shape} on a {background} background",
     "{background} background with a {colour} {shape}",
-    "an image of a {colour} {shape} on a {background} background",
+    "a picture of a {colour} {shape} on a {background} background",
     "a {colour} {shape} in front of a {background} background",
     "one {colour} {shape} on {background}",
-    "a {background} image with a {colour} {shape}",
+    "a {background} picture with a {colour} {shape}",
     "a {shape} in {colour} on a {background} background",
     "on {background} a {shape} that is {colour}",
 )
