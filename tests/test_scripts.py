@@ -1,5 +1,8 @@
 """The scripts as users run them: what they write, what they log, what they say of mistakes."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import re
 import shutil
@@ -17,55 +20,57 @@ from refl.system.errors import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script, weight_options
+from conftest import (
+    LORA,
+    ROOT,
+    SMOOTH,
+    assert_close_loras,
+    events,
+    run_command,
+    run_in_process,
+    run_script,
+    weight_options,
+)
 from PIL import Image
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-LORA = "pytorch_lora_weights.safetensors"
-
-
-def run_in_process(script, monkeypatch, *options):
-    monkeypatch.setattr("sys.argv", [script.__name__, *(str(option) for option in options)])
-    script.main()
-
-
-def events(folder) -> EventAccumulator:
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
-
 
 # -------------------------------------------------------------------------------------------------- training
 
 
-@pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    """One run with two processes and one with one, of the same global batch, by the wrapper; their
-    folders."""
-    folder = tmp_path_factory.mktemp("trained")
+def train_both_ways(tiny, folder):
+    """Train with two processes by the wrapper into world2, and with one process of twice the batch into
+    world1."""
     (folder / "prompts.json").write_text(
         json.dumps([{"text": f"a thing, number {index}"} for index in range(7)])
     )
-    (folder / "own_rewards.py").write_text("def red(images, prompts): return images[:, 0].mean((1, 2))\n")
+    (folder / "scripts_reward.py").write_text("def red(images, prompts): return images[:, 0].mean((1, 2))\n")
     common = [
         *weight_options(tiny),
         f"--prompts={folder / 'prompts.json'}",
-        "--reward=imagereward:0.9,own_rewards:red:0.1",
+        "--reward=imagereward:0.9,scripts_reward:red:0.1",
         *"--num_inference_steps 4 --min_stop 1 --max_stop 3 --max_train_steps 3".split(),
         *"--rank 3 --lora_alpha 6".split(),
         *"--gradient_accumulation_steps 2 --num_validation_images 3 --validation_steps 2".split(),
         *"--lr_scheduler cosine --lr_warmup_steps 1 --learning_rate=1e-2".split(),
+        *SMOOTH,
     ]
-    for processes, batch in ((2, 2), (1, 4)):
-        run = run_script(
-            "bash", "train_refl_lora.sh", *common, "--output_dir", folder / f"world{processes}",
-            "--train_batch_size", str(batch), NUM_PROCESSES=str(processes), PYTHONPATH=str(folder),
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
-        assert (
-            "ReFL: 100%" in run.stderr and run.stderr.count("ReFL: 100%") < 6
-        )  # the bar of one process only
-        assert run.stdout.count("LoRA in") == 1 and "validation reward" in run.stdout
-    return folder
+    run = run_script(
+        "bash", "train_refl_lora.sh", *common, "--output_dir", folder / "world2", "--train_batch_size=2",
+        NUM_PROCESSES="2", PYTHONPATH=str(folder),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    # The bar of one process only.
+    assert "ReFL: 100%" in run.stderr and run.stderr.count("ReFL: 100%") < 6
+    assert run.stdout.count("LoRA in") == 1 and "validation reward" in run.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        run_in_process(refl_lora, patch, *common, "--output_dir", folder / "world1", "--train_batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def trained(shared, tiny):
+    """The folders world2 and world1 of one run with two processes and the same run with one."""
+    return shared("trained", lambda folder: train_both_ways(tiny, folder))
 
 
 def test_a_run_writes_these_files_and_no_others(trained):
@@ -77,7 +82,7 @@ def test_a_run_writes_these_files_and_no_others(trained):
     }  # fmt: skip
     metadata = read_metadata(trained / "world2")
     assert metadata.items() >= {
-        "step": 3, "rank": 3, "lora_alpha": 6.0, "reward": "imagereward:0.9,own_rewards:red:0.1",
+        "step": 3, "rank": 3, "lora_alpha": 6.0, "reward": "imagereward:0.9,scripts_reward:red:0.1",
         "guidance_scale": 1.0, "sampler": "ddpm", "num_inference_steps": 4, "resolution": 64,
     }.items()  # fmt: skip
     assert metadata["base_model"].endswith("stable-diffusion-v1-4")
@@ -85,9 +90,7 @@ def test_a_run_writes_these_files_and_no_others(trained):
 
 def test_the_number_of_processes_does_not_matter(trained):
     two, one = (load_file(trained / f"world{processes}" / LORA) for processes in (2, 1))
-    assert max(tensor.abs().max() for name, tensor in two.items() if ".lora.up." in name) > 1e-3  # it moved
-    for name in two:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+    assert_close_loras(two, one)
     two, one = (events(trained / f"world{processes}" / "logs") for processes in (2, 1))
     for tag in (
         "reward/mean",
@@ -95,9 +98,9 @@ def test_the_number_of_processes_does_not_matter(trained):
         "loss",
         "gradient_norm",
         "validation/reward",
-        "validation/own_rewards.red",
+        "validation/scripts_reward.red",
         "reward/imagereward",
-        "reward/own_rewards.red",
+        "reward/scripts_reward.red",
         "images/saturated",
     ):
         values = [[point.value for point in board.Scalars(tag)] for board in (two, one)]
@@ -137,12 +140,13 @@ def test_tensorboard_holds_everything(trained):
 
 
 def test_validation_is_shared_out_in_order(trained):
-    # Three images on two processes: their rewards must be those that one process finds.
-    two, one = (events(trained / f"world{processes}" / "logs") for processes in (2, 1))
+    # Three images on two processes: the sheet of them, with their rewards, must be that of one process.
     two, one = (
-        [image.encoded_image_string for image in board.Images("validation/images")] for board in (two, one)
+        np.asarray(Image.open(io.BytesIO(board.Images("validation/images")[0].encoded_image_string)), int)
+        for board in (events(trained / f"world{processes}" / "logs") for processes in (2, 1))
     )
-    assert two[0] == one[0]
+    # A batch of another shape rounds otherwise: a level of a colour, perhaps a caption's last digit.
+    assert two.shape == one.shape and (abs(two - one) > 2).mean() < 0.002
 
 
 def test_only_the_lora_moves(training_options, tmp_path, monkeypatch):
@@ -155,12 +159,15 @@ def test_only_the_lora_moves(training_options, tmp_path, monkeypatch):
 
     add_lora = refl_lora.add_lora
     monkeypatch.setattr(refl_lora, "add_lora", remember)
-    run_in_process(refl_lora, monkeypatch, *training_options)
+    # At 64 pixels the UNet's middle has one token, and attention over it no gradient for queries and keys.
+    options = "--resolution 128 --learning_rate 1e-2 --grad_scale 1 --max_train_steps 1".split()
+    run_in_process(refl_lora, monkeypatch, *training_options, *options)
     after = {name.replace(".base_layer", ""): value for name, value in kept["unet"].state_dict().items()}
     assert all(torch.equal(after[name], value) for name, value in kept["before"].items())
     moved = [name for name in after if name not in kept["before"]]
     assert moved and all("lora_" in name for name in moved)
-    assert all(after[name].abs().max() > 0 for name in moved if "lora_B" in name)
+    # AdamW's first step moves each element whose gradient is not tiny by the learning rate.
+    assert all(after[name].abs().max() > 0.5e-2 for name in moved if "lora_B" in name)
     trainable = [name for name, p in kept["unet"].named_parameters() if p.requires_grad]
     assert len(trainable) == len(moved)
 
@@ -196,36 +203,35 @@ def test_options_train(training_options, tmp_path, monkeypatch, options):
     assert max(value.abs().max() for name, value in weights.items() if ".lora.up." in name) > 0
 
 
-def test_help_explains_every_option():
-    run = run_script("bash", "train_refl_lora.sh", "--help")
+def test_help_explains_every_option(monkeypatch, capsys):
+    run = run_command(refl_lora, monkeypatch, capsys, "--help")
     assert run.returncode == 0
-    for option in ("--learning_rate", "--grad_scale", "--min_stop", "--reward_target", "--output_dir"):
-        assert option in run.stdout
+    for option in dataclasses.fields(refl_lora.Options):
+        assert f"--{option.name}" in run.stdout
 
 
 # ------------------------------------------------------------------------------------------------- inference
 
 
-@pytest.fixture(scope="module")
-def drawn(tiny, trained, tmp_path_factory):
-    """inference.py and inference_lora.py on the same options; their folders."""
-    folder = tmp_path_factory.mktemp("drawn")
+def draw_both_ways(tiny, trained, folder):
+    """Run inference.py into sd14 and inference_lora.py into lora with the same options."""
     common = [
         f"--pretrained_model_name_or_path={tiny / 'stable-diffusion-v1-4'}",
         *"--num_images_per_prompt 3 --num_inference_steps 4 --seed 11 --batch_size 2 --prompt".split(),
         "a red cat",
         "two dogs",
     ]
-    before = run_script(sys.executable, "inference.py", "--output_dir", folder / "sd14", *common)
-    assert before.returncode == 0, before.stderr
-    after = run_script(
-        sys.executable, "inference_lora.py", "--output_dir", folder / "lora",
-        "--lora_path", trained / "world2",
-        "--reward_path", tiny, *common,
-    )  # fmt: skip
-    assert after.returncode == 0, after.stderr
-    assert "--guidance_scale 1.0" in after.stdout  # trained otherwise than drawn: said
-    return folder
+    lora = ["--output_dir", folder / "lora", "--lora_path", trained / "world2", "--reward_path", tiny]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_in_process(inference, patch, "--output_dir", folder / "sd14", *common)
+        run_in_process(inference_lora, patch, *lora, *common)
+    assert "--guidance_scale 1.0" in printed.getvalue()  # trained otherwise than drawn: said
+
+
+@pytest.fixture(scope="module")
+def drawn(shared, tiny, trained):
+    """The folders sd14 and lora of the same images drawn without and with the LoRA."""
+    return shared("drawn", lambda folder: draw_both_ways(tiny, trained, folder))
 
 
 def test_inference_draws_the_same_images_with_and_without_lora(drawn):
@@ -287,46 +293,11 @@ def test_out_of_memory_halves_the_batch(tiny, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------- mistakes
 
 
-def spoilt(tiny, tmp_path, change):
-    """A copy of the tiny checkpoint with `change` applied."""
-    folder = tmp_path / "spoilt"
-    shutil.copytree(tiny, folder)
-    change(folder)
-    return [
-        f"--pretrained_model_name_or_path={folder / 'stable-diffusion-v1-4'}",
-        f"--reward_path={folder}",
-    ]
-
-
+# One for each check; tests/test_options.py has the values that no machine could train with.
 MISTAKES = {
-    "--max_stop 4": "--max_stop 4: must be below --num_inference_steps 4",
-    "--min_stop 3 --max_stop 2": "--max_stop 2: must not be below --min_stop 3",
-    "--max_stop -1": "--max_stop -1: must not be below",
-    "--min_stop -1": "--min_stop -1: must be 0 or more",
-    "--train_batch_size 3 --decode_batch_size 2": "--decode_batch_size 2: must divide --train_batch_size 3",
-    "--train_batch_size 0": "--train_batch_size 0: must be 1 or more",
-    "--gradient_accumulation_steps 0": "must be 1 or more",
-    "--max_train_steps 0": "must be 1 or more",
-    "--lr_warmup_steps 5": "take --lr_scheduler constant_with_warmup",
-    "--num_inference_steps 1001 --max_stop 1000": "this model has 1000 timesteps",
-    "--adam_beta1 1": "--adam_beta1 1.0: must be at least 0 and below 1",
-    "--adam_weight_decay -1": "must be 0 or more",
-    "--lora_alpha 0": "--lora_alpha 0.0: must be positive",
-    "--reward_target nan": "must be a number",
-    "--resolution 0": "multiples of 64",
-    "--use_8bit_adam": "pip install bitsandbytes",
     "--rank 0": "--rank 0: must be 1 or more",
-    "--seed -1": "--seed -1: must be 0 or more",
-    "--learning_rate 0": "--learning_rate 0.0: must be positive",
-    "--learning_rate nan": "must be positive",
-    "--grad_scale -1": "--grad_scale -1.0: must be positive",
+    "--num_inference_steps 1001 --max_stop 1000": "this model has 1000 timesteps",
     "--resolution 100": "multiples of 64 pixels, such as 64 or 128",
-    "--resolution -64": "multiples of 64",
-    "--guidance_in rollout": "go with a --guidance_scale other than 1",
-    "--lora_shrinkage 1": "--lora_shrinkage 1.0: must be at least 0 and below 1",
-    "--noise_distance_weight -1": "--noise_distance_weight -1.0: must be 0 or more",
-    "--early_stop --validation_steps 0": "have --validation_steps above 0",
-    "--validation_images_per_prompt 0": "must be 1 or more",
     "--pretrain_data nowhere": "nowhere: there is no such folder",
     "--held_out_reward imagereward": "imagereward is in --reward, so it is not held out",
     "--held_out_reward pickscore": "--held_out_reward pickscore: pickscore is not a reward",
@@ -347,7 +318,7 @@ def test_mistakes_in_options(training_options, tmp_path, monkeypatch, options):
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_weights_are_named_all_at_once(prompts_file, tmp_path):
+def test_missing_weights_are_named_all_at_once(tmp_path):
     run = run_script(
         "bash", "train_refl_lora.sh", "--pretrained_model_name_or_path", tmp_path / "model", "--reward_path",
         tmp_path / "reward", "--output_dir", tmp_path / "out",
@@ -360,64 +331,57 @@ def test_missing_weights_are_named_all_at_once(prompts_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda f: shutil.rmtree(f / "stable-diffusion-v1-4" / "vae"), r"weights are missing:\n.*/vae "),
-        (
-            lambda f: (f / "stable-diffusion-v1-4" / "unet" / "config.json").write_text("{"),
-            "config.json cannot be",
-        ),
-        (
-            lambda f: (f / "stable-diffusion-v1-4" / "unet" / "config.json").write_text("[]"),
-            "not a configuration",
-        ),
-        (
-            lambda f: (f / "stable-diffusion-v1-4" / "vae" / "config.json").write_text("{}"),
-            "not one of Stable",
-        ),
-        (
-            lambda f: (f / "stable-diffusion-v1-4" / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
-            "holds no weights",
-        ),
-    ],
-)
-def test_folders_that_are_not_models(training_options, tiny, tmp_path, monkeypatch, change, message):
-    with pytest.raises(UserError, match=message):
-        run_in_process(refl_lora, monkeypatch, *training_options, *spoilt(tiny, tmp_path, change))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_truncated_weights_stop_the_launched_run_before_it_writes(
-    training_options, tiny, tmp_path, processes
-):
-    def truncate(folder):
-        file = folder / "ImageReward.pt"
-        file.write_bytes(file.read_bytes()[:5000])
-
-    options = [*training_options, *spoilt(tiny, tmp_path, truncate)]
-    run = run_script("bash", "train_refl_lora.sh", *options, NUM_PROCESSES=processes)
+@pytest.mark.slow
+def test_truncated_weights_stop_two_processes_with_one_message(training_options, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "cut")
+    file = tmp_path / "cut" / "ImageReward.pt"
+    file.write_bytes(file.read_bytes()[:5000])
+    options = [*training_options, *weight_options(tmp_path / "cut")]
+    run = run_script("bash", "train_refl_lora.sh", *options, NUM_PROCESSES="2")
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert run.stderr.count("error: ") == 1 and "ImageReward.pt is damaged" in run.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("script", "options", "message"),
     [
-        ({"NUM_PROCESSES": "x"}, "NUM_PROCESSES=x: must be a number"),
-        ({"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: must be a number"),
-        ({"PYTHON": "/nowhere/python"}, "requirements are not installed"),
+        (refl_lora, ["--learning_rat", "1"], "--learning_rate"),
+        (refl_lora, ["--learning_rate", "fast"], "learning_rate"),
+        (refl_lora, ["--max_stop", "99"], "error: --max_stop 99"),
+        (inference, ["--num_images", "1"], "--num_images_per_prompt"),
+        (inference, ["--seed", "-1"], "error: --seed -1"),
+        (inference, ["--device", "cuda:99"], "not a device that can be used"),
+        (inference, ["--prompts_file", "nowhere.csv"], "nowhere.csv"),
+        (inference_lora, ["--lora_path", "nowhere"], "no LoRA at nowhere"),
+        (inference_lora, ["--lora_path", "README.md"], "README.md is damaged or is not"),
     ],
 )
-def test_mistakes_in_the_environment(training_options, environment, message):
-    run = run_script("bash", "train_refl_lora.sh", *training_options, **environment)
-    assert run.returncode == 2 and message in run.stderr
+def test_a_mistake_is_one_message_and_exit_code_2(
+    tiny, tmp_path, monkeypatch, capsys, script, options, message
+):
+    model = weight_options(tiny) if script is refl_lora else weight_options(tiny)[:1]
+    run = run_command(script, monkeypatch, capsys, *model, "--output_dir", tmp_path / "out", *options)
+    assert run.returncode == 2 and message in run.stderr + run.stdout
+    assert not (tmp_path / "out").exists()
 
 
-def test_gpus_are_counted_as_cuda_counts_them(training_options, tmp_path):
-    """With an nvidia-smi that reports two GPUs, the wrapper's command line is what it would be there."""
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["refl_lora.py", "inference.py", "inference_lora.py", "evaluate.py"])
+def test_every_script_is_a_command(script, tmp_path):
+    model = ["--pretrained_model_name_or_path", tmp_path / "nowhere"]
+    run = run_script(sys.executable, script, *model, "--output_dir", tmp_path / "out")
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------ the shell script
+
+
+@pytest.fixture
+def wrapper(tmp_path):
+    """A function that runs train_refl_lora.sh where nvidia-smi reports two GPUs and Python only prints
+    precision and arguments."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "nvidia-smi").write_text("#!/bin/sh\nprintf '8.0\\n7.5\\n'\n")
@@ -427,10 +391,18 @@ def test_gpus_are_counted_as_cuda_counts_them(training_options, tmp_path):
     for tool in tools.iterdir():
         tool.chmod(0o755)
 
-    def command(given="--rank=8", **environment):
+    def run(*options, **environment):
         environment = {"PATH": f"{tools}:/usr/bin:/bin", "PYTHON": "python", **environment}
-        run = run_script("bash", "train_refl_lora.sh", *given.split(), **environment)
-        return run.stdout.splitlines()[-1]
+        return run_script("bash", "train_refl_lora.sh", *options, **environment)
+
+    return run
+
+
+def test_gpus_are_counted_as_cuda_counts_them(wrapper):
+    """The wrapper's command line is what it would be on a machine with two GPUs."""
+
+    def command(given="--rank=8", **environment):
+        return wrapper(*given.split(), **environment).stdout.splitlines()[-1]
 
     two = command(CUDA_VISIBLE_DEVICES="6,7", NUM_PROCESSES="")
     assert "--multi_gpu --gpu_ids all --num_processes 2" in two and "--main_process_port 0 " in two
@@ -442,28 +414,24 @@ def test_gpus_are_counted_as_cuda_counts_them(training_options, tmp_path):
     for devices in ("1", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "0,-1,1"):
         assert command(CUDA_VISIBLE_DEVICES=devices, NUM_PROCESSES="").startswith("fp16 /")
     assert command(CUDA_VISIBLE_DEVICES="-1", NUM_PROCESSES="").startswith("no /")
+    assert command(given="--rank 8 --help").endswith("refl_lora.py --help")
 
 
 @pytest.mark.parametrize(
-    ("script", "options", "message"),
+    ("options", "environment", "message"),
     [
-        ("refl_lora.py", ["--learning_rat", "1"], "--learning_rate"),
-        ("refl_lora.py", ["--learning_rate", "fast"], "learning_rate"),
-        ("refl_lora.py", ["--max_stop", "99"], "error: --max_stop 99"),
-        ("inference.py", ["--num_images", "1"], "--num_images_per_prompt"),
-        ("inference.py", ["--seed", "-1"], "error: --seed -1"),
-        ("inference.py", ["--device", "cuda:99"], "not a device that can be used"),
-        ("inference.py", ["--prompts_file", "nowhere.csv"], "nowhere.csv"),
-        ("inference_lora.py", ["--lora_path", "nowhere"], "no LoRA at nowhere"),
-        ("inference_lora.py", ["--lora_path", "README.md"], "README.md is damaged or is not"),
+        ("", {"NUM_PROCESSES": "x"}, "NUM_PROCESSES=x: must be a number"),
+        ("", {"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: must be a number"),
+        ("", {"PYTHON": "/nowhere/python"}, "requirements are not installed"),
+        ("--num_machines 2", {}, "--num_machines 2 needs --main_process_ip and --main_process_port"),
+        ("--num_machines 2 --machine_rank 2", {}, "--machine_rank 2 of --num_machines 2"),
+        ("--num_machines two", {}, "--num_machines two: must be a whole number"),
+        ("--main-process-port=x", {}, "--main_process_port x: must be a whole number"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(tiny, tmp_path, script, options, message):
-    model = weight_options(tiny) if script == "refl_lora.py" else weight_options(tiny)[:1]
-    run = run_script(sys.executable, script, *model, "--output_dir", tmp_path / "out", *options)
-    assert run.returncode == 2
-    assert message in run.stderr + run.stdout and "Traceback" not in run.stderr
-    assert not (tmp_path / "out").exists()
+def test_mistakes_that_the_wrapper_finds(wrapper, options, environment, message):
+    run = wrapper(*options.split(), **environment)
+    assert run.returncode == 2 and message in run.stderr
 
 
 def test_the_scripts_are_executable_as_named():
