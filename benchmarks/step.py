@@ -31,15 +31,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import refl_lora
 from refl.model import lean
-from refl.model.ddpm import Ddpm
+from refl.model.conditioning import Conditioning
 from refl.model.drawing import DTYPES
 from refl.model.lora import add_lora
+from refl.model.noise_schedule import NoiseSchedule
 from refl.model.stable_diffusion import (
-    encode_prompts,
     load_stable_diffusion,
     vae_factor,
 )
-from refl.report.log import Phases
 from refl.reward import (
     imagereward,
     rewards,
@@ -50,6 +49,10 @@ from refl.system import (
     randomness,
 )
 from refl.system.files import write_whole
+from refl.system.timing import Phases
+from refl.train.batches import MicroBatch
+from refl.train.models import Models
+from refl.train.plan import Plan
 
 import baseline_step
 import torch
@@ -165,9 +168,9 @@ class Step:
         # the same images for all
         names = prompts.read_prompts(ROOT / "demo/prompts/train.txt" if options.size == "demo" else
                                      ROOT / "data/train_prompts.txt")  # fmt: skip
-        side = (case.resolution // vae_factor(parts.vae)) or parts.unet.config.sample_size
-        shape = (parts.unet.config.in_channels, side, side)
-        embeds = dict(zip(names[:32], (e.cpu() for e in encode_prompts(parts, names[:32])), strict=True))
+        own_resolution = parts.unet.config.sample_size * vae_factor(parts.vae)
+        shape = parts.latent_shape(case.resolution or own_resolution)
+        embeds = dict(zip(names[:32], parts.encode_prompts(names[:32]), strict=True))
 
         def micro_batches(step: int) -> list:
             batches = []
@@ -175,8 +178,8 @@ class Step:
                 stop = randomness.stop_index(0, 0, micro_step, options.min_stop, options.max_stop)
                 noise = randomness.noise((0, 0, step, micro_step), range(case.batch_size), (stop + 1, *shape))
                 chosen = [names[(step * 8 + micro_step * 3 + i) % 32] for i in range(case.batch_size)]
-                prompt_embeds = torch.stack([embeds[name] for name in chosen])
-                batches.append(refl_lora.MicroBatch(chosen, prompt_embeds, noise, stop))
+                conditioning = Conditioning.stack([embeds[name] for name in chosen]).to(torch.device("cpu"))
+                batches.append(MicroBatch(chosen, conditioning, noise, Plan((stop,))))
             return batches
 
         self.micro_batches, self.index = micro_batches, 0
@@ -194,7 +197,7 @@ class Step:
                 reward, self.accelerator.prepare(self.optimizer), self.accelerator,
             )  # fmt: skip
             self.run = lambda batches, phase: baseline_step.baseline_step(
-                self.models, [(b.prompts, b.noise, b.stop) for b in batches], 0.01,
+                self.models, [(b.prompts, b.noise, b.plan.stop) for b in batches], 0.01,
                 options.num_inference_steps, 1.0, phase,
             )  # fmt: skip
             return
@@ -206,11 +209,12 @@ class Step:
             for module in parts.unet.modules():
                 if type(module) is lean.LoraLinear:
                     module.__class__ = lean.PeftLinear
-        self.models = refl_lora.Models(
-            parts.unet, lora, parts.vae,
+        self.models = Models(
+            parts,
+            lora,
             rewards.WeightedRewards({"imagereward": reward}, {"imagereward": 1.0}),
-            Ddpm(parts.scheduler_config, options.num_inference_steps, device),
-        )  # fmt: skip
+            NoiseSchedule(parts.scheduler_config, options.num_inference_steps, device),
+        )
         self.models.rewards.proven.add("imagereward")  # which costs the first step a backward pass
         if self.is_compiled:
             for model in (parts.unet, parts.vae.decoder, reward):

@@ -4,10 +4,11 @@ import copy
 import json
 import shutil
 
-from refl.model.ddpm import Ddpm
+from refl.model.conditioning import Conditioning
 from refl.model.lora import LORA_FILE, add_lora, read_metadata
+from refl.model.noise_schedule import NoiseSchedule
 from refl.model.pipeline import SAMPLERS, generate, load_lora, load_pipeline
-from refl.model.stable_diffusion import decode, encode_prompts, load_stable_diffusion
+from refl.model.stable_diffusion import decode, load_stable_diffusion
 from refl.system.errors import UserError
 
 import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
@@ -33,24 +34,23 @@ def move_lora(lora, scale=0.5):
 def test_ddpm_is_that_of_diffusers(parts, monkeypatch, num_inference_steps):
     scheduler = DDPMScheduler.from_config(parts.scheduler_config, clip_sample=False)
     scheduler.set_timesteps(num_inference_steps)
-    ddpm = Ddpm(parts.scheduler_config, num_inference_steps)
-    assert ddpm.timesteps.tolist() == scheduler.timesteps.tolist()
+    schedule = NoiseSchedule(parts.scheduler_config, num_inference_steps)
+    assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
     generator = torch.Generator().manual_seed(0)
     latents, eps, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: noise)
     for index, t in enumerate(scheduler.timesteps):
         theirs = scheduler.step(eps, t, latents)
-        torch.testing.assert_close(
-            ddpm.step(latents, eps, index, noise), theirs.prev_sample, rtol=2e-4, atol=2e-5
-        )
-        x0 = ddpm.predict_x0(latents, eps, index)
+        x0 = schedule.predict_x0(latents, eps, index)
+        stepped = schedule.step(latents, x0, index, noise)
+        torch.testing.assert_close(stepped, theirs.prev_sample, rtol=2e-4, atol=2e-5)
         torch.testing.assert_close(x0, theirs.pred_original_sample, rtol=1e-4, atol=1e-5)
 
 
 def test_forty_steps_are_the_published_ones(parts):
-    ddpm = Ddpm(parts.scheduler_config, 40)
-    assert ddpm.timesteps[[0, 1, -2, -1]].tolist() == [976, 951, 26, 1]
-    slopes = [((1 - abar) / abar) ** 0.5 for abar in ddpm.alphas_cumprod]  # |d x0 / d eps|
+    schedule = NoiseSchedule(parts.scheduler_config, 40)
+    assert schedule.timesteps[[0, 1, -2, -1]].tolist() == [976, 951, 26, 1]
+    slopes = [((1 - abar) / abar) ** 0.5 for abar in schedule.alphas_cumprod]  # |d x0 / d eps|
     assert [round(slopes[k], 2) for k in (30, 33, 36, 38, 39)] == [0.63, 0.46, 0.29, 0.16, 0.04]
 
 
@@ -58,18 +58,18 @@ def test_clip_sample_is_never_on(parts):
     # diffusers' default for DDPM is to clip x0 to [-1, 1], which latents are not in.
     config = {key: value for key, value in parts.scheduler_config.items() if key != "clip_sample"}
     latents = torch.full((1, 4, 8, 8), 5.0)
-    assert Ddpm(config, 40).predict_x0(latents, torch.zeros_like(latents), 39).min() > 4.9
-    assert not Ddpm({**config, "clip_sample": True}, 40).predict_x0(latents, latents, 39).max() <= 1
+    assert NoiseSchedule(config, 40).predict_x0(latents, torch.zeros_like(latents), 39).min() > 4.9
+    assert not NoiseSchedule({**config, "clip_sample": True}, 40).predict_x0(latents, latents, 39).max() <= 1
 
 
 def test_other_predictions_are_refused(parts):
     with pytest.raises(UserError, match="v_prediction"):
-        Ddpm({**parts.scheduler_config, "prediction_type": "v_prediction"}, 40)
+        NoiseSchedule({**parts.scheduler_config, "prediction_type": "v_prediction"}, 40)
 
 
 def test_zero_lora_is_the_base_bit_for_bit(parts):
     latents, t = torch.randn(2, 4, 8, 8), 500
-    embeds = torch.stack(list(encode_prompts(parts, PROMPTS)))
+    embeds = Conditioning.stack(list(parts.encode_prompts(PROMPTS))).prompt["encoder_hidden_states"]
     base = parts.unet(latents, t, embeds).sample
     lora = add_lora(parts.unet, rank=4, alpha=4, seed=0)
     assert torch.equal(parts.unet(latents, t, embeds).sample, base)
@@ -100,7 +100,7 @@ def test_saved_lora_draws_the_same_images_in_diffusers(parts, tiny, tmp_path, al
     plain.set_progress_bar_config(disable=True)
     plain.load_lora_weights(str(tmp_path))
     latents, t = torch.randn(2, 4, 8, 8), 500
-    embeds = torch.stack(list(encode_prompts(parts, PROMPTS)))
+    embeds = Conditioning.stack(list(parts.encode_prompts(PROMPTS))).prompt["encoder_hidden_states"]
     with torch.no_grad():
         ours, theirs = (unet(latents, t, embeds).sample for unet in (parts.unet, plain.unet))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -134,7 +134,8 @@ def test_guidance_can_take_the_empty_prompt_from_the_base(parts, tiny, tmp_path)
     # By hand, with one UNet for each half.
     scheduler = DDIMScheduler.from_config(parts.scheduler_config, clip_sample=False)
     scheduler.set_timesteps(4)
-    embeds = torch.stack(list(encode_prompts(parts, ["", "", *PROMPTS])))
+    conditioning = Conditioning.stack(list(parts.encode_prompts(["", "", *PROMPTS])))
+    embeds = conditioning.prompt["encoder_hidden_states"]
     for guidance, expected in ((3.0, drawn), (1.0, no_guidance)):
         latents = torch.cat(
             [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)]

@@ -18,7 +18,7 @@ from refl.model import drawing
 from refl.model.lora import LORA_FILE, add_lora
 from refl.model.pipeline import generate, load_lora, load_pipeline
 from refl.model.stable_diffusion import load_stable_diffusion
-from refl.report import statistics
+from refl.report import page, statistics
 from refl.system.errors import UserError
 
 import numpy as np

@@ -13,6 +13,8 @@ from refl.system import checkpoints
 from refl.system.errors import UserError
 from refl.train import captioned
 from refl.train.guard import Guard, Seen, is_lower, t_quantile
+from refl.train.models import Models
+from refl.train.validation import Validator
 
 import numpy as np
 import pytest
@@ -209,19 +211,18 @@ def test_a_broken_held_out_reward_costs_no_steps(hacked, tmp_path, monkeypatch):
     source = "def broken(images, prompts): return images[:, 0].mean((1, 2)).detach() * float('nan')\n"
     (tmp_path / "broken_reward.py").write_text(source)
     options = [*hacked, "--held_out_reward", "broken_reward:broken", "--checkpointing_steps=0"]
-    validate = refl_lora.validate
-    calls = []
+    validate, calls = Validator.__call__, []
 
-    def validate_later(*arguments):
-        calls.append(1)
-        if len(calls) == 1:  # before the first step it would be noticed at once
-            arguments[0].held_out, held_out = arguments[0].rewards, arguments[0].held_out
-            found = validate(*arguments)
-            arguments[0].held_out = held_out
-            return found
-        return validate(*arguments)
+    def validate_later(validator, step, log):
+        calls.append(step)
+        if step == 0:  # before the first step it would be noticed at once
+            [rewards, held_out], validator.scorers = validator.scorers, [validator.scorers[0]] * 2
+            validation = validate(validator, step, log)
+            validator.scorers = [rewards, held_out]
+            return validation
+        return validate(validator, step, log)
 
-    monkeypatch.setattr(refl_lora, "validate", validate_later)
+    monkeypatch.setattr(Validator, "__call__", validate_later)
     with pytest.raises(UserError, match="broken"):
         run_in_process(refl_lora, monkeypatch, *options)
     assert checkpoints.steps(tmp_path / "out") == [2]
@@ -253,17 +254,16 @@ def test_validation_shows_diversity_and_shrinkage_shrinks(training_options, tmp_
 @pytest.mark.parametrize("guidance_scale", [0.5, 3.0])
 @pytest.mark.parametrize("guidance_in", ["rollout", "gradient", "both"])
 def test_validation_is_guided_throughout(training_options, monkeypatch, guidance_scale, guidance_in):
-    scales, predict_noise = [], refl_lora.predict_noise
-    monkeypatch.setattr(refl_lora, "predict_noise", lambda *a: scales.append(a[4]) or predict_noise(*a))
-    validate = refl_lora.validate
+    scales, predict, validate = [], Models.predict, Validator.__call__
+    monkeypatch.setattr(Models, "predict", lambda *a: scales.append(a[4]) or predict(*a))
 
     def watched(*arguments):
         before = len(scales)
-        found = validate(*arguments)
+        validation = validate(*arguments)
         assert set(scales[before:]) == {guidance_scale}
-        return found
+        return validation
 
-    monkeypatch.setattr(refl_lora, "validate", watched)
+    monkeypatch.setattr(Validator, "__call__", watched)
     guided = ["--guidance_scale", guidance_scale, "--guidance_in", guidance_in, "--max_train_steps", 1]
     run_in_process(refl_lora, monkeypatch, *training_options, *guided)
     assert (1.0 in scales) == (guidance_in != "both")

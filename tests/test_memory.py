@@ -5,14 +5,18 @@ from types import SimpleNamespace
 
 import refl_lora
 from refl.model import offload
-from refl.model.ddpm import Ddpm
+from refl.model.conditioning import Conditioning
 from refl.model.lean import make_lean
 from refl.model.lora import add_lora, lora_file
+from refl.model.noise_schedule import NoiseSchedule
 from refl.model.stable_diffusion import load_stable_diffusion
 from refl.preflight import doctor, memory
 from refl.reward import rewards
 from refl.system import randomness
 from refl.system.errors import UserError
+from refl.train.batches import MicroBatch
+from refl.train.models import Models
+from refl.train.plan import Plan
 
 import pytest
 import torch
@@ -47,16 +51,19 @@ def test_the_count_is_what_a_step_takes(options, tiny, changes, resolution):
         setattr(options, name, value)
     device, dtype, side = torch.device("cpu"), torch.float32, resolution // 8
     parts = load_stable_diffusion(options.pretrained_model_name_or_path, dtype, device)
-    models = refl_lora.Models(
-        parts.unet, add_lora(parts.unet, 4, 4, 0), parts.vae,
-        rewards.load("imagereward", tiny, device, dtype), Ddpm(parts.scheduler_config, 3),
-    )  # fmt: skip
+    models = Models(
+        parts,
+        add_lora(parts.unet, 4, 4, 0),
+        rewards.load("imagereward", tiny, device, dtype),
+        NoiseSchedule(parts.scheduler_config, 3),
+    )
     for model in (parts.unet, parts.vae):
         make_lean(model)
         if options.gradient_checkpointing:
             model.enable_gradient_checkpointing()
     noise = randomness.noise((1,), range(3), (2, 4, side, side))
-    batches = [refl_lora.MicroBatch(["a fox"] * 3, torch.zeros(3, 77, 16), noise, 1) for _ in range(2)]
+    conditioning = Conditioning({"encoder_hidden_states": torch.zeros(3, 77, 16)})
+    batches = [MicroBatch(["a fox"] * 3, conditioning, noise, Plan((1,))) for _ in range(2)]
 
     def step(batches=batches):
         for _ in refl_lora.refl_step(models, batches, 1.0, 2.0, options.decode_batch_size, 8):

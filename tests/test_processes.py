@@ -133,7 +133,7 @@ def test_two_processes_stopped_and_resumed(start, straight, tmp_path, how, code)
         assert "error: process 1 was ended by SIGKILL" in err
         assert checkpoints.steps(tmp_path) == [2]
     else:
-        assert "stopped by SIGTERM after 3 steps; the same command goes on after step 3" in out
+        assert "stopped by SIGTERM after 3 steps; the same command resumes after step 3" in out
         assert "Traceback" not in err
     finish(start(tmp_path, 2))
     assert (tmp_path / LORA).read_bytes() == (straight / LORA).read_bytes()

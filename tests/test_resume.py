@@ -7,11 +7,15 @@ import signal
 from collections import Counter
 
 import refl_lora
+from refl.model import stable_diffusion
 from refl.model.lora import read_metadata
 from refl.model.pipeline import load_pipeline
 from refl.system import checkpoints
 from refl.system.errors import UserError
 from refl.system.signals import SIGNALS
+from refl.train import run as run_module
+from refl.train.metrics import Metrics
+from refl.train.validation import Validator
 
 import pytest
 import torch
@@ -86,18 +90,18 @@ def break_at(monkeypatch, module, name, call, what=Killed):
 KILLS = {
     "before anything is saved": (refl_lora, "rollout", 3),
     "in the rollout": (refl_lora, "rollout", 5),
-    "in the decoder": (refl_lora, "decode", 20),
+    "in the decoder": (stable_diffusion, "decode", 20),
     "in the update": (refl_lora.torch.nn.utils, "clip_grad_norm_", 4),
-    "in the log": (refl_lora, "step_numbers", 3),
-    "in validation": (refl_lora, "validate", 2),
+    "in the log": (Metrics, "__call__", 3),
+    "in validation": (Validator, "__call__", 2),
     "in the first file of a checkpoint": (checkpoints, "write_synced", 5),
     "in the last file of a checkpoint": (checkpoints, "write_synced", 8),
     "between a checkpoint's files and its name": (checkpoints, "sync_folder", 3),
     "before old ones are deleted": (checkpoints, "prune", 2),
     "while old ones are deleted": (checkpoints.shutil, "rmtree", 4),
     "before the last checkpoint": (checkpoints, "write", 3),
-    "before the LoRA is written": (refl_lora, "write_whole", 1),
-    "before the options are written": (refl_lora, "write_whole", 2),
+    "before the LoRA is written": (run_module, "write_whole", 1),
+    "before the options are written": (run_module, "write_whole", 2),
 }
 
 
@@ -154,7 +158,7 @@ def test_a_signal_saves_and_stops(
             train(context, tmp_path, *options, f"--checkpointing_steps={every}")
     assert stopped.value.code == 128 + number
     assert (
-        f"stopped by {number.name} after {step} steps; the same command goes on after step {step}"
+        f"stopped by {number.name} after {step} steps; the same command resumes after step {step}"
         in capsys.readouterr().out
     )
     assert checkpoints.steps(tmp_path) == [step]
@@ -176,7 +180,7 @@ def test_a_damaged_checkpoint_is_passed_over(options, straight, tmp_path, monkey
     state.write_bytes(state.read_bytes()[:-1])
     train(monkeypatch, tmp_path / "run", *options)
     printed = capsys.readouterr()
-    assert "optimizer.safetensors is damaged" in printed.err and "going on after step 4" in printed.out
+    assert "optimizer.safetensors is damaged" in printed.err and "resuming after step 4" in printed.out
     assert_same_run(tmp_path / "run", straight)
     with pytest.raises(UserError, match="nowhere is not a whole checkpoint"):
         train(monkeypatch, tmp_path / "run", *options, "--resume_from_checkpoint=nowhere")
@@ -245,7 +249,7 @@ def test_a_full_disk_does_not_stop_training(options, straight, tmp_path, monkeyp
     with monkeypatch.context() as context:
         break_at(context, checkpoints, "write_synced", 6, full)  # in the second checkpoint
         break_at(context, SummaryWriter, "add_scalar", 30, full)
-        break_at(context, refl_lora, "write_whole", 1, full)
+        break_at(context, run_module, "write_whole", 1, full)
         with pytest.raises(UserError, match="cannot be written: .*No space left.* the same command again"):
             train(context, tmp_path, *options)
     train(monkeypatch, tmp_path, *options)

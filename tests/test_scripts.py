@@ -16,6 +16,7 @@ from refl.model import drawing
 from refl.model.lora import read_metadata
 from refl.report.log import LAYOUT
 from refl.system.errors import UserError
+from refl.train import models
 
 import numpy as np
 import pytest
@@ -157,8 +158,8 @@ def test_only_the_lora_moves(training_options, tmp_path, monkeypatch):
         kept["before"] = {name: value.clone() for name, value in unet.state_dict().items()}
         return add_lora(unet, *arguments)
 
-    add_lora = refl_lora.add_lora
-    monkeypatch.setattr(refl_lora, "add_lora", remember)
+    add_lora = models.add_lora
+    monkeypatch.setattr(models, "add_lora", remember)
     # At 64 pixels the UNet's middle has one token, and attention over it no gradient for queries and keys.
     options = "--resolution 128 --learning_rate 1e-2 --grad_scale 1 --max_train_steps 1".split()
     run_in_process(refl_lora, monkeypatch, *training_options, *options)

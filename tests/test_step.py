@@ -6,13 +6,17 @@ import math
 from types import SimpleNamespace
 
 import refl_lora
-from refl.model.ddpm import Ddpm
+from refl.model.conditioning import Conditioning
 from refl.model.lean import make_lean
 from refl.model.lora import add_lora
-from refl.model.stable_diffusion import decode, encode_prompts, load_stable_diffusion
+from refl.model.noise_schedule import NoiseSchedule
+from refl.model.stable_diffusion import load_stable_diffusion
 from refl.reward.rewards import WeightedRewards
 from refl.reward.rewards import load as load_rewards
 from refl.system import randomness
+from refl.train.batches import MicroBatch, Pretraining
+from refl.train.models import Models
+from refl.train.plan import Plan
 
 import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
 import pytest
@@ -25,8 +29,8 @@ STEPS, STOP = 6, 4
 
 def build(
     parts, reward, dtype=torch.float64, guidance=(1.0, 1.0), lora_in_uncond=True
-) -> tuple[refl_lora.Models, torch.Tensor, torch.Tensor]:
-    """Models in `dtype` with a LoRA that is not zero, prompt embeddings, noise. `parts` stay as the libraries
+) -> tuple[Models, Conditioning, torch.Tensor]:
+    """Models in `dtype` with a LoRA that is not zero, conditioning, noise. `parts` stay as the libraries
     made them, with the same LoRA; `parts.base` has none."""
     parts.base = copy.deepcopy(parts.unet).to(dtype)
     lora = add_lora(parts.unet, rank=2, alpha=3, seed=0)
@@ -37,30 +41,30 @@ def build(
     for part in (parts.unet, parts.vae, parts.text_encoder, reward):
         part.to(dtype)
     rewards = WeightedRewards({"imagereward": reward}, {"imagereward": 1.0})
-    unet, vae = copy.deepcopy(parts.unet), copy.deepcopy(parts.vae)
-    for model in (unet, vae):
+    base = copy.copy(parts)
+    base.unet, base.vae = copy.deepcopy(parts.unet), copy.deepcopy(parts.vae)
+    for model in (base.unet, base.vae):
         make_lean(model)
-    lora = [matrix for matrix in unet.parameters() if matrix.requires_grad]
-    ddpm = Ddpm(parts.scheduler_config, STEPS)
-    models = refl_lora.Models(unet, lora, vae, rewards, ddpm, guidance, lora_in_uncond)
-    embeds = torch.stack(list(encode_prompts(parts, ["", *PROMPTS])))
-    empty, embeds = embeds[:1].expand(len(PROMPTS), -1, -1), embeds[1:]
-    prompt_embeds = embeds if guidance == (1, 1) else torch.stack([empty, embeds])
+    lora = [matrix for matrix in base.unet.parameters() if matrix.requires_grad]
+    schedule = NoiseSchedule(parts.scheduler_config, STEPS)
+    models = Models(base, lora, rewards, schedule, guidance, lora_in_uncond)
+    empty, *embeds = parts.encode_prompts(["", *PROMPTS])
+    conditioning = Conditioning.stack(embeds, None if guidance == (1, 1) else empty)
     noise = randomness.noise((9, 9), range(len(PROMPTS)), (STEPS, 4, 8, 8)).to(dtype)
-    return models, prompt_embeds, noise
+    return models, conditioning, noise
 
 
 def refl_step(
-    models, prompt_embeds, noise, stop, grad_scale, target, pretraining=None, **options
+    models, conditioning, noise, stop, grad_scale, target, pretraining=None, **options
 ) -> SimpleNamespace:
     """The step for one micro-batch."""
-    batch = refl_lora.MicroBatch(PROMPTS, prompt_embeds, noise, stop, pretraining=pretraining)
+    batch = MicroBatch(PROMPTS, conditioning, noise, Plan((stop,)), pretraining)
     [(result, gradients)] = refl_lora.refl_step(models, [batch], grad_scale, target, **options)
     return SimpleNamespace(**vars(result), gradients=gradients)
 
 
 def plain_chain(
-    models, parts, prompt_embeds, noise, stop, grad_scale, target, monkeypatch, distance=0.0, pretraining=None
+    models, parts, conditioning, noise, stop, grad_scale, target, monkeypatch, distance=0.0, pretraining=None
 ):
     """Loss and LoRA gradients by the libraries' own layers and scheduler and one graph from UNet to loss."""
     scheduler = DDPMScheduler.from_config(parts.scheduler_config, clip_sample=False)
@@ -68,11 +72,11 @@ def plain_chain(
     scheduler.set_timesteps(STEPS)
 
     def predict(latents, t, guidance, unet=parts.unet):
-        if prompt_embeds.ndim == 3:
-            return unet(latents, t, encoder_hidden_states=prompt_embeds).sample
-        text = unet(latents, t, encoder_hidden_states=prompt_embeds[1]).sample
+        text = unet(latents, t, **conditioning.prompt).sample
+        if conditioning.empty is None:
+            return text
         uncond = unet if models.lora_in_uncond else parts.base
-        empty = uncond(latents, t, encoder_hidden_states=prompt_embeds[0]).sample
+        empty = uncond(latents, t, **conditioning.empty).sample
         return (1 - guidance) * empty + guidance * text
 
     latents = noise[:, 0]
@@ -90,9 +94,10 @@ def plain_chain(
     loss = grad_scale * (-rewards if target is None else torch.relu(target - rewards)).mean()
     loss = loss + distance * (eps - predict(latents, t, models.guidance[1], parts.base)).pow(2).mean()
     if pretraining:
-        noisy, timesteps, embeds, own_noise = vars(pretraining).values()
-        predicted = parts.unet(noisy, timesteps, encoder_hidden_states=embeds).sample
-        loss = loss + 0.7 * torch.nn.functional.mse_loss(predicted, own_noise)
+        predicted = parts.unet(
+            pretraining.latents, pretraining.timesteps, **pretraining.conditioning.prompt
+        ).sample
+        loss = loss + 0.7 * torch.nn.functional.mse_loss(predicted, pretraining.target)
     lora = [matrix for matrix in parts.unet.parameters() if matrix.requires_grad]
     return loss, rewards, torch.autograd.grad(loss, lora)
 
@@ -114,10 +119,10 @@ GUIDANCE = [(1.0, 1.0), (3.0, 3.0), (3.0, 1.0), (1.0, 3.0)]
 def test_gradient_is_that_of_the_plain_chain(
     parts, reward, monkeypatch, guidance, lora_in_uncond, stop, target
 ):
-    models, prompt_embeds, noise = build(parts, reward, guidance=guidance, lora_in_uncond=lora_in_uncond)
-    result = refl_step(models, prompt_embeds, noise, stop, 0.01, target)
+    models, conditioning, noise = build(parts, reward, guidance=guidance, lora_in_uncond=lora_in_uncond)
+    result = refl_step(models, conditioning, noise, stop, 0.01, target)
     loss, rewards, gradients = plain_chain(
-        models, parts, prompt_embeds, noise, stop, 0.01, target, monkeypatch
+        models, parts, conditioning, noise, stop, 0.01, target, monkeypatch
     )
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-12)
     torch.testing.assert_close(result.rewards, rewards.detach(), rtol=1e-12, atol=0)
@@ -126,10 +131,9 @@ def test_gradient_is_that_of_the_plain_chain(
 
 @pytest.mark.parametrize("guidance", [(1.0, 1.0), (3.0, 3.0)])
 def test_regularisers_are_part_of_the_gradient(parts, reward, monkeypatch, guidance):
-    models, prompt_embeds, noise = build(parts, reward, guidance=guidance, lora_in_uncond=False)
-    embeds = prompt_embeds if prompt_embeds.ndim == 3 else prompt_embeds[1]
-    pretraining = refl_lora.Pretraining(noise[:, 1], torch.tensor([1, 500, 999]), embeds, noise[:, 2])
-    arguments = models, prompt_embeds, noise, STOP, 0.01, 2.0
+    models, conditioning, noise = build(parts, reward, guidance=guidance, lora_in_uncond=False)
+    pretraining = Pretraining(noise[:, 1], torch.tensor([1, 500, 999]), conditioning, noise[:, 2])
+    arguments = models, conditioning, noise, STOP, 0.01, 2.0
     result = refl_step(
         *arguments, pretraining, noise_distance_weight=0.3, pretrain_weight=0.7, scale=lambda loss: 8 * loss
     )
@@ -145,23 +149,23 @@ def test_regularisers_are_part_of_the_gradient(parts, reward, monkeypatch, guida
 
 
 def test_a_gradient_can_be_weighted_by_its_stop(parts, reward):
-    models, prompt_embeds, noise = build(parts, reward)
-    plain = refl_step(models, prompt_embeds, noise, STOP, 0.01, 2.0)
-    batch = refl_lora.MicroBatch(PROMPTS, prompt_embeds, noise, STOP, weight=3.0)
+    models, conditioning, noise = build(parts, reward)
+    plain = refl_step(models, conditioning, noise, STOP, 0.01, 2.0)
+    batch = MicroBatch(PROMPTS, conditioning, noise, Plan((STOP,), weight=3.0))
     [(result, gradients)] = refl_lora.refl_step(models, [batch], 0.01, 2.0)
     assert result.loss.item() == plain.loss.item()
     assert relative_difference(gradients, [3 * gradient for gradient in plain.gradients]) < 1e-12
     eps = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    x0 = models.ddpm.predict_x0(torch.ones((), dtype=torch.float64), eps, STOP)
-    assert models.ddpm.x0_slope(STOP) == pytest.approx(-torch.autograd.grad(x0, eps)[0].item(), rel=1e-12)
+    x0 = models.schedule.predict_x0(torch.ones((), dtype=torch.float64), eps, STOP)
+    assert models.schedule.x0_slope(STOP) == pytest.approx(-torch.autograd.grad(x0, eps)[0].item(), rel=1e-12)
 
 
 def test_gradient_is_that_of_finite_differences(parts, reward):
     # At stop 0 nothing is rolled out, so the loss depends on the LoRA through the gradient step alone.
-    models, prompt_embeds, noise = build(parts, reward)
+    models, conditioning, noise = build(parts, reward)
 
     def step():
-        return refl_step(models, prompt_embeds, noise, 0, 1.0, 2.0)
+        return refl_step(models, conditioning, noise, 0, 1.0, 2.0)
 
     gradients = step().gradients
     generator = torch.Generator().manual_seed(2)
@@ -179,12 +183,12 @@ def test_gradient_is_that_of_finite_differences(parts, reward):
 
 
 def test_gradient_does_not_depend_on_how_it_is_computed(parts, reward):
-    models, prompt_embeds, noise = build(parts, reward)
-    arguments = (models, prompt_embeds, noise, STOP, 0.01, 2.0)
+    models, conditioning, noise = build(parts, reward)
+    arguments = (models, conditioning, noise, STOP, 0.01, 2.0)
     together = refl_step(*arguments, decode_batch_size=3)
     one_by_one = refl_step(*arguments, decode_batch_size=1)
     scaled = refl_step(*arguments, scale=lambda loss: 1024 * loss)
-    models.unet.enable_gradient_checkpointing()
+    models.base.unet.enable_gradient_checkpointing()
     recomputed = refl_step(*arguments)
     assert relative_difference(one_by_one.gradients, together.gradients) < 1e-10
     assert relative_difference([g / 1024 for g in scaled.gradients], together.gradients) < 1e-10
@@ -195,10 +199,13 @@ def test_gradient_does_not_depend_on_how_it_is_computed(parts, reward):
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("together", [1, 2, 100])
 def test_micro_batches_are_rolled_out_together_as_alone(parts, reward, guidance, together):
-    models, prompt_embeds, noise = build(parts, reward, guidance=guidance)
+    models, conditioning, noise = build(parts, reward, guidance=guidance)
     batches = [
-        refl_lora.MicroBatch(
-            [PROMPTS[i % 3]], prompt_embeds[..., i % 3 : i % 3 + 1, :, :], (i + 1) * noise[i % 3, None], stop
+        MicroBatch(
+            [PROMPTS[i % 3]],
+            conditioning[i % 3 : i % 3 + 1],
+            (i + 1) * noise[i % 3, None],
+            Plan((stop,)),
         )
         for i, stop in enumerate([3, 5, 0, 3, 4])
     ]
@@ -211,12 +218,12 @@ def test_micro_batches_are_rolled_out_together_as_alone(parts, reward, guidance,
 
 
 def test_gradient_of_a_sum_is_the_sum_of_gradients(parts, reward):
-    models, prompt_embeds, noise = build(parts, reward)
+    models, conditioning, noise = build(parts, reward)
     both = {"imagereward": reward, "red": lambda images, prompts: images[:, 0].mean((1, 2))}
     found = {}
     for name, weights in (("imagereward", (1, 0)), ("red", (0, 1)), ("sum", (0.5, -2.0))):
         models.rewards = WeightedRewards(both, dict(zip(both, weights, strict=True)))
-        found[name] = refl_step(models, prompt_embeds, noise, STOP, 0.01, None)
+        found[name] = refl_step(models, conditioning, noise, STOP, 0.01, None)
     expected = [
         0.5 * a - 2 * b for a, b in zip(found["imagereward"].gradients, found["red"].gradients, strict=True)
     ]
@@ -228,8 +235,8 @@ def test_gradient_of_a_sum_is_the_sum_of_gradients(parts, reward):
 
 
 def test_images_above_the_target_give_no_gradient(parts, reward):
-    models, prompt_embeds, noise = build(parts, reward)
-    result = refl_step(models, prompt_embeds, noise, STOP, 0.01, -100.0)
+    models, conditioning, noise = build(parts, reward)
+    result = refl_step(models, conditioning, noise, STOP, 0.01, -100.0)
     assert result.loss.item() == 0
     assert all(gradient.abs().max() == 0 for gradient in result.gradients)
 
@@ -248,8 +255,9 @@ def test_half_precision_keeps_the_lora_in_float32(parts, reward, tiny, dtype):
     rewards = load_rewards("imagereward", tiny, torch.device("cpu"), dtype)
     for model in (half_parts.unet, half_parts.vae):
         make_lean(model)
-    models = refl_lora.Models(half_parts.unet, lora, half_parts.vae, rewards, exact_models.ddpm)
-    half = refl_step(models, exact_embeds.to(dtype), noise.float(), STOP, 0.01, 2.0)
+    models = Models(half_parts, lora, rewards, exact_models.schedule)
+    half_embeds = {name: value.to(dtype) for name, value in exact_embeds.prompt.items()}
+    half = refl_step(models, Conditioning(half_embeds), noise.float(), STOP, 0.01, 2.0)
     assert half.rewards.dtype == torch.float32
     assert {gradient.dtype for gradient in half.gradients} == {torch.float32}
     # Half precision has 8 bits: the direction of the gradient is that of float64 to a few per cent.
@@ -259,15 +267,14 @@ def test_half_precision_keeps_the_lora_in_float32(parts, reward, tiny, dtype):
 
 
 def test_saturated_share_is_counted(parts, reward):
-    models, prompt_embeds, noise = build(parts, reward)
+    models, conditioning, noise = build(parts, reward)
     with torch.no_grad():
-        [(latents, x0)] = refl_lora.rollout(
-            models, [refl_lora.MicroBatch(PROMPTS, prompt_embeds, noise, STOP)]
-        )
-        eps = refl_lora.predict_noise(models, latents, STOP, prompt_embeds, 1.0)
-        assert torch.equal(x0, models.ddpm.predict_x0(latents, eps, STOP))
-        images = decode(models.vae, x0)
+        batch = MicroBatch(PROMPTS, conditioning, noise, Plan((STOP,)))
+        [(latents, x0)] = refl_lora.rollout(models, [batch])
+        eps = models.predict(latents, STOP, conditioning, 1.0)
+        assert torch.equal(x0, models.schedule.predict_x0(latents, eps, STOP))
+        images = models.base.decode(x0)
     share = ((images < 0) | (images > 1)).double().mean().item()
-    result = refl_step(models, prompt_embeds, noise, STOP, 0.01, 2.0)
+    result = refl_step(models, conditioning, noise, STOP, 0.01, 2.0)
     assert result.saturated.item() == pytest.approx(share, abs=1e-6)
     assert not math.isnan(share)

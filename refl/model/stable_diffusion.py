@@ -1,18 +1,15 @@
-"""Stable Diffusion's parts: loaded and frozen, LoRA put in, taken out and saved, DDPM's arithmetic, images
-drawn."""
+"""Stable Diffusion 1.x: text encoder, UNet and VAE, loaded from diffusers' layout and frozen."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from refl.model.conditioning import Embeds
 from refl.system.errors import UserError
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -20,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 @dataclass
 class StableDiffusion:
-    """The frozen parts; `unet` may carry a LoRA."""
+    """The frozen parts and what training does with them; `unet` may carry a LoRA."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel | None  # None once the prompts are encoded
@@ -28,13 +25,46 @@ class StableDiffusion:
     unet: UNet2DConditionModel
     scheduler_config: dict
 
+    lora_targets: ClassVar = ("to_q", "to_k", "to_v", "to_out.0")  # attention layers, self and cross
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], batch_size: int = 32) -> Iterator[Embeds]:
+        """Yield each prompt's encoder_hidden_states (tokens, width); long prompts are truncated."""
+        for start in range(0, len(prompts), batch_size):
+            tokens = self.tokenizer(
+                list(prompts[start : start + batch_size]),
+                padding="max_length",
+                truncation=True,
+                return_tensors="pt",
+            )
+            hidden = self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
+            yield from ({"encoder_hidden_states": own} for own in hidden)
+
+    def denoise(self, latents: Tensor, timestep: Tensor, embeds: Embeds) -> Tensor:
+        """The UNet's output, (B, C, h, w), in the dtype of `latents`; computed in that of `embeds`."""
+        sample = latents.to(embeds["encoder_hidden_states"].dtype)
+        return self.unet(sample, timestep, **embeds).sample.to(latents.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) of latents (B, C, h, w); see `decode`."""
+        return decode(self.vae, latents)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Latents (C, h, w) of an image (3, H, W) in [-1, 1]; see `encode`."""
+        return encode(self.vae, image)
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of square images with `resolution` pixels a side."""
+        side = resolution // vae_factor(self.vae)
+        return self.unet.config.in_channels, side, side
+
 
 def load_stable_diffusion(
     folder: str | Path, dtype: torch.dtype, device: str | torch.device
 ) -> StableDiffusion:
-    """Parts of a model in diffusers' layout, frozen, in `dtype`; the VAE in float32 where `dtype` is float16.
+    """Load a model in diffusers' layout, frozen, in `dtype`; its VAE in float32 where `dtype` is float16.
 
-    SD's VAE overflows in float16 (its activations pass 65,504), and one such image is all NaN.
+    The VAE overflows in float16 (activations above 65,504), and such an image is all NaN. Raises `UserError`.
     """
     transformers_logging.disable_progress_bar()
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -50,9 +80,8 @@ def load_stable_diffusion(
         raise
     except Exception as error:  # of three libraries; tokenizers raises Exception itself
         raise not_loadable(folder, error) from error
-    if (
-        len(parts.tokenizer) != parts.text_encoder.config.vocab_size
-    ):  # an empty folder makes an empty tokenizer
+    # transformers makes an empty tokenizer of an empty folder.
+    if len(parts.tokenizer) != parts.text_encoder.config.vocab_size:
         raise UserError(
             f"{folder}/tokenizer does not fit the text encoder: {len(parts.tokenizer)} tokens instead of "
             f"{parts.text_encoder.config.vocab_size}. Copy the folder again from its source."
@@ -63,7 +92,7 @@ def load_stable_diffusion(
 
 
 def _load_part(cls: type, folder: str | Path, part: str, **dtype: torch.dtype) -> torch.nn.Module:
-    """A model of diffusers or transformers, which both fill weights that a file lacks with random numbers."""
+    """Load one model; refuse missing weights, which the libraries would fill with random numbers."""
     model, info = cls.from_pretrained(folder, subfolder=part, output_loading_info=True, **dtype)
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -74,7 +103,7 @@ def _load_part(cls: type, folder: str | Path, part: str, **dtype: torch.dtype) -
 
 
 def not_loadable(folder: str | Path, error: Exception) -> UserError:
-    """What a library says of a model's folder, in a line."""
+    """A library's error about a model's folder as one line."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(f"{folder} is not a Stable Diffusion model that can be loaded: {reason}")
 
@@ -84,22 +113,11 @@ def vae_factor(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-@torch.no_grad()
-def encode_prompts(parts: StableDiffusion, prompts: Sequence[str], batch_size: int = 32) -> Iterator[Tensor]:
-    """Each prompt's embedding, (tokens, width); a prompt longer than the tokenizer takes is cut."""
-    for start in range(0, len(prompts), batch_size):
-        tokens = parts.tokenizer(
-            list(prompts[start : start + batch_size]),
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-        )
-        yield from parts.text_encoder(tokens.input_ids.to(parts.text_encoder.device)).last_hidden_state
-
-
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W), float32 at least, about [0, 1] but not clamped, of latents (B, C, h, w) at the
-    UNet's scale."""
+    """Decode latents (B, C, h, w) at the UNet's scale to images (B, 3, H, W), float32 or wider.
+
+    Values lie around [0, 1] and are not clamped.
+    """
     with torch.autocast(latents.device.type, enabled=False):
         images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
     return images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5
@@ -107,10 +125,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, image: Tensor) -> Tensor:
-    """Latents (C, h, w), float32, at the UNet's scale, of an image (3, H, W) in [-1, 1]: the mean of what
-    the encoder allows for."""
+    """Encode an image (3, H, W) in [-1, 1] to latents (C, h, w), float32, at the UNet's scale:
+    the posterior's mean."""
     moments = vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist
     return moments.mode()[0].float() * vae.config.scaling_factor
-
-
-# ------------------------------------------------------------------------------------------------------- DDPM

@@ -1,16 +1,17 @@
-"""TensorBoard: scalars, images, options, the layout of the curves; seconds by phase."""
+"""A run's log: curves, images and options in TensorBoard's files."""
 
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from time import perf_counter
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
 
+# TensorBoard's tab "custom scalars": what to look at first. Tags are regular expressions.
 LAYOUT = {
     "Does it get better?": {
         "reward, in training": ["Margin", ["reward/mean", "reward/min", "reward/max"]],
@@ -32,54 +33,57 @@ LAYOUT = {
 }
 
 
-def write_options(writer: SummaryWriter, options: dict[str, str | int | float | bool | None]) -> None:
-    """Options into the run's own HParams tab (`SummaryWriter.add_hparams` would start a second run), and the
-    layout of its curves."""
-    for summary in hparams(
-        {key: str(value) if value is None else value for key, value in options.items()}, {}
-    ):
-        writer.file_writer.add_summary(summary)
-    writer.add_custom_scalars(LAYOUT)
+class Log:
+    """TensorBoard's writer; without a folder it writes nothing.
 
+    A disk that is full ends the log with one warning, and not the run.
+    """
 
-def write_scalars(writer: SummaryWriter, scalars: dict[str, float], step: int) -> None:
-    """One point of each curve."""
-    for tag, value in scalars.items():
-        writer.add_scalar(tag, value, step)
+    def __init__(self, folder: Path | None, purge_step: int = 0):
+        """Points from `purge_step` on, left by an earlier process, are purged when the files are read."""
+        self.writer = SummaryWriter(folder, purge_step=purge_step) if folder else None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether anything is still written."""
+        return self.writer is not None
 
-def write_image(writer: SummaryWriter, tag: str, image: Image.Image, step: int) -> None:
-    """One PIL image."""
-    writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+    def options(self, options: dict[str, str | int | float | bool | None]) -> None:
+        """Write the options to the run's HParams tab, and the layout of the curves.
 
+        `SummaryWriter.add_hparams` would start a second run.
+        """
+        values = {name: str(value) if value is None else value for name, value in options.items()}
+        for summary in hparams(values, {}):
+            self._write(lambda writer, summary=summary: writer.file_writer.add_summary(summary))
+        self._write(lambda writer: writer.add_custom_scalars(LAYOUT))
 
-class Phases:
-    """Seconds spent in each named phase since the last `pop`, by CUDA events on a GPU, so that nothing is
-    waited for."""
+    def scalars(self, scalars: dict[str, float], step: int) -> None:
+        """Add one point to each curve."""
+        for tag, value in scalars.items():
+            self._write(lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step))
 
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.spans = []
+    def histogram(self, tag: str, values: Tensor, step: int) -> None:
+        """Add a histogram of values (N,)."""
+        self._write(lambda writer: writer.add_histogram(tag, values, step))
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self.spans.append((name, start, self._now()))
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        """Add an image."""
+        self._write(lambda writer: writer.add_image(tag, np.asarray(image), step, dataformats="HWC"))
 
-    def pop(self) -> dict[str, float]:
-        """Seconds by phase; on a GPU this waits for it."""
-        seconds = defaultdict(float)
-        if self.cuda:
-            torch.cuda.synchronize()
-        for name, start, end in self.spans:
-            seconds[name] += start.elapsed_time(end) / 1000 if self.cuda else end - start
-        self.spans.clear()
-        return dict(seconds)
+    def flush(self) -> None:
+        """Write what is buffered to the disk."""
+        self._write(lambda writer: writer.flush())
 
-    def _now(self):
-        if not self.cuda:
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def close(self) -> None:
+        """End the log."""
+        self._write(lambda writer: writer.close())
+
+    def _write(self, write: Callable[[SummaryWriter], None]) -> None:
+        if self.writer is None:
+            return
+        try:
+            write(self.writer)
+        except OSError as error:
+            tqdm.write(f"WARNING: the curves end here: they cannot be written ({error})", file=sys.stderr)
+            self.writer = None

@@ -28,3 +28,8 @@ def save_image(image: Image.Image, path: Path) -> None:
     content = io.BytesIO()
     image.save(content, format="PNG")
     write_whole(path, content.getvalue())
+
+
+def saturated_share(images: Tensor) -> Tensor:
+    """Share of each image's colour values, (B,), that lie outside [0, 1]; images (B, 3, H, W)."""
+    return ((images < 0) | (images > 1)).float().mean((1, 2, 3))

@@ -159,6 +159,11 @@ class Options:
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     """Where curves and images go."""
 
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha`, or the rank where it is None."""
+        return self.rank if self.lora_alpha is None else self.lora_alpha
+
 
 def read_options(arguments: list[str]) -> Options:
     """Options from the command line; those of --options_file come first, so that the command line wins."""
@@ -198,7 +203,7 @@ def to_save(options: Options) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in OF_A_COMMAND}
 
 
-def what_decides(
+def run_fingerprint(
     options: Options,
     mixed_precision: str,
     num_processes: int,

@@ -33,8 +33,18 @@ class Progress:
     guard: dict = field(default_factory=dict)  # of --early_stop, after the last validation
     scaler: dict = field(default_factory=dict)  # GradScaler's state after the last step that was not skipped
 
+    def record_step(self, is_finite: bool, is_overflow: bool, scaler: dict) -> None:
+        """Count an optimizer step; `is_overflow`: a float16 overflow, which the scaler repairs."""
+        self.step += 1
+        self.updates += is_finite
+        is_sound = is_finite or is_overflow
+        self.nonfinite += not is_sound
+        self.nonfinite_in_a_row = 0 if is_sound else self.nonfinite_in_a_row + 1
+        if is_sound:
+            self.scaler = scaler
+
     def forget_nonfinite_steps(self) -> None:
-        """Go back to the last step that was not skipped; nothing else has changed since."""
+        """Return to the last step that was not skipped; nothing else has changed since."""
         self.step -= self.nonfinite_in_a_row
         self.nonfinite -= self.nonfinite_in_a_row
         self.nonfinite_in_a_row = 0

@@ -1,0 +1,78 @@
+"""The numbers logged for each optimizer step."""
+
+import math
+from collections.abc import Sequence
+
+from refl.reward.rewards import WeightedRewards
+from refl.system import devices
+from refl.train.batches import MicroBatch
+from refl.train.options import Options
+from refl.train.update import Accumulated, Update
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Metrics:
+    """Measures an optimizer step over all processes with one reduction and one gather."""
+
+    def __init__(self, options: Options, rewards: WeightedRewards, accelerator: Accelerator):
+        self.options, self.rewards, self.accelerator = options, rewards, accelerator
+
+    def __call__(
+        self,
+        accumulated: Accumulated,
+        batches: Sequence[MicroBatch],
+        update: Update,
+        seconds: dict[str, float],
+    ) -> tuple[dict[str, float], Tensor]:
+        """Values by tag, and the reward of every image of the step, (N,) float32 on the CPU."""
+        values = self._averaged(accumulated, batches, seconds)
+        scores = torch.cat([result.scores for result in accumulated.results], dim=1)
+        scores = self.accelerator.gather(scores.T.contiguous()).T.float().cpu()  # (K, N)
+        total, target = self.rewards.total(scores), self.options.reward_target
+        values |= {
+            "loss": update.loss,
+            "gradient_norm": update.grad_norm / self.options.grad_scale,
+            "learning_rate": update.learning_rate,
+            "reward/mean": total.mean().item(),
+            "reward/std": total.std(correction=0).item(),
+            "reward/min": total.min().item(),
+            "reward/max": total.max().item(),
+        }
+        values |= {f"reward/{name}": mean for name, mean in self.rewards.means(scores).items()}
+        if target is not None:
+            values["reward/above_target"] = (total > target).float().mean().item()
+        values |= {f"images_per_second/{name}": len(total) / values[f"seconds/{name}"] for name in seconds}
+        return values, total
+
+    def _averaged(
+        self, accumulated: Accumulated, batches: Sequence[MicroBatch], seconds: dict[str, float]
+    ) -> dict[str, float]:
+        """Each process's own numbers, averaged over processes."""
+        results, device = accumulated.results, self.accelerator.device
+        norms = [norm / accumulated.scale / self.options.grad_scale for norm in accumulated.norms]
+        numbers = {
+            f"gradient_norm_by_stop/{k}": torch.stack(
+                [norm for norm, batch in zip(norms, batches, strict=True) if batch.plan.stop == k]
+            ).mean()
+            for k in sorted({batch.plan.stop for batch in batches})
+        }
+        for name in results[0].regularisers:
+            values = [result.regularisers[name] for result in results]
+            numbers[f"regularisers/{name}"] = torch.stack(values).mean()
+        numbers["images/saturated"] = torch.stack([result.saturated for result in results]).mean()
+        numbers |= {f"seconds/{name}": torch.tensor(value) for name, value in seconds.items()}
+        numbers["memory/peak_gib"] = torch.tensor(devices.peak_memory(device))
+        vector = torch.stack([number.float().to(device) for number in numbers.values()])
+        means = self.accelerator.reduce(vector, reduction="mean").tolist()
+        return dict(zip(numbers, means, strict=True))
+
+
+def nonfinite(values: dict[str, float]) -> str:
+    """The loss, the gradient norm and the rewards that are not finite, as text."""
+    broken = [tag for tag, value in values.items() if tag.startswith("reward/") and not math.isfinite(value)]
+    names = {tag.removeprefix("reward/") for tag in broken} - {"mean", "std", "min", "max", "above_target"}
+    text = f"loss {values['loss']:.2e}, gradient norm {values['gradient_norm']:.2e}"
+    return ", ".join([text, *sorted(names)])

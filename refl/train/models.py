@@ -1,0 +1,105 @@
+"""The models that a training step computes with."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+from refl.model import families, offload
+from refl.model.conditioning import Conditioning
+from refl.model.guidance import predict
+from refl.model.lean import make_lean
+from refl.model.lora import add_lora
+from refl.model.noise_schedule import NoiseSchedule
+from refl.reward import rewards
+from refl.reward.rewards import WeightedRewards
+from refl.train.options import Options
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Models:
+    """Everything a step computes with. Only `lora`, matrices inside the UNet, is trained."""
+
+    base: families.Family
+    lora: list[nn.Parameter]
+    rewards: WeightedRewards
+    schedule: NoiseSchedule
+    guidance: tuple[float, float] = (1.0, 1.0)  # scale in the rollout, and at the step that gets the gradient
+    lora_in_uncond: bool = True
+    held_out: WeightedRewards | None = None
+    on_device: Callable[..., AbstractContextManager] = lambda *models: nullcontext()
+    """Context manager that moves offloaded models to the GPU."""
+
+    def predict(
+        self, latents: Tensor, index: int, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """The network's output at denoising step `index`, (B, C, h, w), guided unless the scale is 1."""
+        timestep = self.schedule.timesteps[index]
+        return predict(self.base, latents, timestep, conditioning, guidance_scale, self.lora_in_uncond)
+
+    def predict_rollout(
+        self, latents: Tensor, index: int, conditioning: Conditioning, num_stopping: int
+    ) -> Tensor:
+        """The output for samples in a rollout; the last `num_stopping` are guided as the gradient step is."""
+        in_rollout, in_gradient = self.guidance
+        if in_rollout == in_gradient:
+            return self.predict(latents, index, conditioning, in_rollout)
+        first = len(latents) - num_stopping
+        parts = ((slice(first), in_rollout), (slice(first, None), in_gradient))
+        outputs = [
+            self.predict(latents[samples], index, conditioning[samples], scale)
+            for samples, scale in parts
+            if len(latents[samples])
+        ]
+        return torch.cat(outputs)
+
+    @property
+    def lora_up(self) -> list[nn.Parameter]:
+        """The matrices B of the LoRA, which adds B A x."""
+        return [matrix for name, matrix in self.base.unet.named_parameters() if "lora_B" in name]
+
+
+def load_models(options: Options, device: torch.device, dtype: torch.dtype) -> Models:
+    """Load everything frozen in `dtype`, add the LoRA, and place it all for training.
+
+    With --low_memory the frozen models stay in pinned host memory and visit the GPU. Raises `UserError`.
+    """
+    home = torch.device("cpu") if options.low_memory else device
+    base = families.load(options.pretrained_model_name_or_path, dtype, home)
+    lora = add_lora(base.unet, options.rank, options.alpha, options.seed)
+    models = Models(
+        base=base,
+        lora=lora,
+        rewards=rewards.load(options.reward, options.reward_path, home, dtype),
+        schedule=NoiseSchedule(base.scheduler_config, options.num_inference_steps, device),
+        guidance=(
+            1.0 if options.guidance_in == "gradient" else options.guidance_scale,
+            1.0 if options.guidance_in == "rollout" else options.guidance_scale,
+        ),
+        lora_in_uncond=options.lora_in_uncond,
+    )
+    if options.held_out_reward:
+        models.held_out = rewards.load(
+            options.held_out_reward, options.reward_path, home, dtype, "--held_out_reward"
+        )
+    for model in (base.unet, base.vae):
+        make_lean(model)
+        if options.gradient_checkpointing or options.low_memory:
+            model.enable_gradient_checkpointing()
+    if options.low_memory:
+        _offload(models, device)
+    return models
+
+
+def _offload(models: Models, device: torch.device) -> None:
+    """Move the LoRA alone to `device`; pin everything frozen in host memory."""
+    for matrix in models.lora:
+        matrix.data = matrix.data.to(device)
+    models.on_device = partial(offload.visit, device)
+    if device.type == "cuda":
+        held_out = models.held_out.modules() if models.held_out else []
+        for model in (models.base.unet, models.base.vae, *models.rewards.modules(), *held_out):
+            offload.pin(model)
