@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refl.model import drawing
-from refl.preflight import doctor
+from refl.model.folder import required_files
 from refl.system.errors import run_as_command
+from refl.system.files import require
 from refl.system.images import save_image
 
 import tyro
@@ -26,7 +27,7 @@ class Options(drawing.DrawingOptions):
 def main() -> None:
     """Options, pipeline, images."""
     options = tyro.cli(Options, use_underscores=True)
-    doctor.check_weights(options.pretrained_model_name_or_path, None)
+    require(required_files(options.pretrained_model_name_or_path))
     prompts = drawing.check(options)
     pipeline = drawing.pipeline(options)
     output = Path(options.output_dir)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refl.model import drawing
+from refl.model.folder import required_files
 from refl.model.lora import read_metadata
 from refl.model.pipeline import load_lora
-from refl.preflight import doctor
 from refl.report.sheets import pairs
 from refl.reward import rewards
 from refl.system.errors import UserError, run_as_command
-from refl.system.files import write_whole
+from refl.system.files import require, write_whole
 from refl.system.images import save_image, to_tensor
 
 import torch
@@ -46,8 +46,8 @@ def main() -> None:
     """Options, pipeline, images with and without the LoRA, rewards, grid."""
     # ---- options
     options = tyro.cli(Options, use_underscores=True)
-    doctor.check_weights(options.pretrained_model_name_or_path, None)
-    named = rewards.parse(options.reward)
+    require(required_files(options.pretrained_model_name_or_path))
+    rewards.parse(options.reward)  # raises for a wrong name
     metadata = read_metadata(options.lora_path)
     options = drawing.settle(options, [options.lora_path])
     if (
@@ -61,8 +61,6 @@ def main() -> None:
     load_lora(pipeline, options.lora_path, options.lora_scale, options.lora_in_uncond)
     scorers = None
     try:
-        if "imagereward" in named:
-            doctor.check_reward(options.reward_path)
         scorers = rewards.load(options.reward, options.reward_path, pipeline.device, torch.float32)
     except UserError as error:
         print(f"no rewards shown: {error}")

@@ -58,14 +58,12 @@ for option in "${options[@]}"; do
 done
 "$python" "$here/refl_lora.py" --check "${options[@]}"
 
-# GPUs that are visible; bfloat16 where all of them can, else float16. nvidia-smi is asked so that no CUDA starts here.
+# The visible GPUs and the precision that suits them, as torch sees them: only CUDA knows the order and the names in
+# CUDA_VISIBLE_DEVICES. Asked in a process of its own, so that none of those that train has started CUDA before.
 gpus=0 precision=no
-if capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) && [[ -n $capabilities ]]; then
-  gpus=$(wc -l <<<"$capabilities")
-  precision=$(awk '$1 < 8 { half = 1 } END { print half ? "fp16" : "bf16" }' <<<"$capabilities")
-  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then  # those after a negative one are invisible to CUDA
-    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | awk '/^ *-/ { exit } NF { n++ } END { print n + 0 }')
-  fi
+if nvidia-smi -L >/dev/null 2>&1; then
+  ask='import torch; from refl.system.devices import best_precision; print(torch.cuda.device_count(), best_precision())'
+  read -r gpus precision < <(PYTHONPATH=$here "$python" -c "$ask")
 fi
 processes=${NUM_PROCESSES:-$((gpus < 2 ? (gpus > 0 ? gpus : 1) : 2))}
 if ! [[ $processes =~ ^[1-9][0-9]*$ ]] || ((gpus > 0 && processes > gpus)); then

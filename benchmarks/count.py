@@ -24,6 +24,7 @@ from refl.model.lean import (
 )
 from refl.model.stable_diffusion import decode
 from refl.preflight import memory
+from refl.reward import imagereward
 from refl.system.files import write_whole
 
 import baseline_step
@@ -59,7 +60,9 @@ def inputs(size: int, resolution: int, dtype: torch.dtype) -> tuple[torch.Tensor
 def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
     """TFLOP an image of each part of our step."""
     found = {}
-    with memory.without_content(*folders, 4, torch.float32) as (unet, vae, reward):
+    reward = imagereward.load_empty(folders[1])
+    with memory.without_content(folders[0], 4, torch.float32) as (unet, vae):
+        memory.empty(reward)
         for model in (unet, vae):
             make_lean(model)
         lora = [p for p in unet.parameters() if p.requires_grad]
@@ -74,7 +77,7 @@ def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
             x0 = torch.empty(1, 4, resolution // 8, resolution // 8, requires_grad=True)
             images = decode(vae, x0)
             lap("decode")
-            loss = memory.score(reward, images.clamp(0, 1))
+            loss = reward(images.clamp(0, 1), [""]).sum()
             lap("reward")
             (gradient,) = torch.autograd.grad(loss, images)
             lap("reward backward")
@@ -92,7 +95,9 @@ def count_baseline(folders: tuple[str, str], resolution: int, batch_size: int, d
 
     In half precision autocast is the CPU's; CUDA's also casts normalisations to float32, and keeps more.
     """
-    with memory.without_content(*folders, 4, dtype) as (unet, vae, reward):
+    reward = imagereward.load_empty(folders[1], dtype)
+    with memory.without_content(folders[0], 4, dtype) as (unet, vae):
+        memory.empty(reward)
         baseline_step.use_eager_attention(reward)
         lora = [p for p in unet.parameters() if p.requires_grad]
 
@@ -100,7 +105,7 @@ def count_baseline(folders: tuple[str, str], resolution: int, batch_size: int, d
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 eps = unet(*inputs(batch_size, resolution, dtype)).sample
             images = decode(vae, eps.float()).clamp(0, 1)
-            torch.autograd.grad(memory.score(reward, images), lora)
+            torch.autograd.grad(reward(images, [""] * batch_size).sum(), lora)
 
         weights = sum(p.nbytes for model in (unet, vae, reward) for p in model.parameters())
         weights += 3 * sum(p.nbytes for p in lora) + (TEXT_ENCODER + VAE_ENCODER) * dtype.itemsize
@@ -128,7 +133,7 @@ class Launches(TorchDispatchMode):
 
 def count_launches(folders: tuple[str, str], batch_size: int, is_lean: bool) -> tuple[int, float]:
     """Operations of one UNet forward at 512x512 in bfloat16 without gradient, and the GB that they touch."""
-    with memory.without_content(*folders, 4, torch.bfloat16) as (unet, _, _), torch.no_grad():
+    with memory.without_content(folders[0], 4, torch.bfloat16) as (unet, _), torch.no_grad():
         if is_lean:
             make_lean(unet)
         with (
@@ -142,7 +147,7 @@ def count_launches(folders: tuple[str, str], batch_size: int, is_lean: bool) -> 
 
 def count_inference(folders: tuple[str, str], batch_size: int, dtype: torch.dtype, is_plain: bool) -> float:
     """GiB of drawing images of 512x512 with guidance; `is_plain`: all decoded at once, in `dtype`."""
-    with memory.without_content(folders[0], None, 4, dtype) as (unet, vae, _), torch.no_grad():
+    with memory.without_content(folders[0], 4, dtype) as (unet, vae), torch.no_grad():
         if is_plain:
             memory.empty(vae, dtype)
         weights = sum(p.nbytes for model in (unet, vae) for p in model.parameters())

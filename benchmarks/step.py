@@ -215,7 +215,7 @@ class Step:
             rewards.WeightedRewards({"imagereward": reward}, {"imagereward": 1.0}),
             NoiseSchedule(parts.scheduler_config, options.num_inference_steps, device),
         )
-        self.models.rewards.proven.add("imagereward")  # which costs the first step a backward pass
+        self.models.rewards.validated.add("imagereward")  # costs a backward pass
         if self.is_compiled:
             for model in (parts.unet, parts.vae.decoder, reward):
                 # Each size by itself: a dynamic one fails in torch 2.13's inductor.

@@ -9,6 +9,8 @@ from collections import namedtuple
 
 from refl.model.folder import count_weights
 from refl.preflight import doctor, memory
+from refl.reward import rewards
+from refl.reward.contract import RewardSpec
 from refl.system.errors import UserError
 
 import pytest
@@ -54,7 +56,7 @@ def test_the_options_of_a_run_may_all_be_given(options, monkeypatch, capsys, tmp
         with pytest.raises(SystemExit):
             doctor.main()
         out = capsys.readouterr().out
-        assert "not looked at: --num_processes=2" in out
+        assert "not checked: --num_processes=2" in out
         assert "FAIL  files      --reward nothing: nothing is not" in out
         assert "FAIL  options    --learning_rate -1.0: must be positive." in out
         assert "pass  port" in out
@@ -80,13 +82,13 @@ def test_a_port_in_use(options):
 
 def test_a_disk_nearly_full(options, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(100e9, 99.9e9, 10e6))
-    with pytest.raises(doctor.Doubt, match="0.0 GB free .* about 0.10 needed. Make room"):
+    with pytest.raises(doctor.CheckWarning, match="0.0 GB free .* about 0.10 needed. Make room"):
         doctor.check_output(options)
 
 
 def test_other_versions(options, monkeypatch):
     monkeypatch.setattr(doctor, "version", lambda name: "0.0.1" if name == "peft" else doctor_version(name))
-    with pytest.raises(doctor.Doubt, match=r"not what was tested together: peft 0.0.1 \(tested: \d"):
+    with pytest.raises(doctor.CheckWarning, match=r"untested versions: peft 0.0.1 \(tested: \d"):
         doctor.check_versions(options)
 
     def missing(name):
@@ -115,11 +117,34 @@ def test_gpus(options, monkeypatch):
     assert "GPU 1: 40.0 of 80.0 GiB free" in doctor.check_memory(options)
     fake_gpus(monkeypatch, free=10, capability=(7, 5))
     short = "20.0 GiB needed; GPU 0: 10.0 of 80.0 GiB free. Choose other GPUs by CUDA_VISIBLE_DEVICES, or"
-    with pytest.raises(doctor.Doubt, match=short):
+    with pytest.raises(doctor.CheckWarning, match=short):
         doctor.check_memory(options)
     options.mixed_precision = "bf16"
     with pytest.raises(UserError, match="a visible GPU is older than Ampere; take fp16"):
         doctor.check_devices(options)
+
+
+def test_host_memory_of_low_memory(options, monkeypatch):
+    monkeypatch.setattr(memory, "needed", lambda *_: 1.0)
+    assert "pinned" not in doctor.check_memory(options)
+    options.low_memory = True
+    assert "host memory: about 0.0 GiB pinned per process" in doctor.check_memory(options)
+    monkeypatch.setattr(memory, "pinned", lambda *_: 5.5)
+    monkeypatch.setattr(doctor.os, "sysconf", {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 4096}.get)
+    with pytest.raises(doctor.CheckWarning, match="about 5.5 GiB pinned per process, 4.0 GiB in this"):
+        doctor.check_memory(options)
+
+
+def test_a_reward_names_its_missing_files(options, monkeypatch):
+    """One line in REWARDS is enough for the doctor to know a reward."""
+
+    def files(folder):
+        return {folder / "other.pt": "someone/other", folder / "ImageReward.pt": "someone/else"}
+
+    monkeypatch.setitem(rewards.REWARDS, "other", RewardSpec(load=None, files=files))
+    options.reward = "other"
+    with pytest.raises(UserError, match=r"weights are missing:\n  .*other.pt  .*someone/other\)\nSee"):
+        doctor.check_files(options)
 
 
 def test_variants_that_are_not_loaded_do_not_matter(options, tiny, tmp_path):
@@ -129,7 +154,7 @@ def test_variants_that_are_not_loaded_do_not_matter(options, tiny, tmp_path):
     (tmp_path / "model/unet/diffusion_pytorch_model.fp16.safetensors").write_text("version https://git-lfs")
     assert doctor.check_model_files(options).partition(": ")[2] == expected
     (tmp_path / "model/unet/diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match="unet holds no weights: diffusion_pytorch_model.safetensors, or"):
+    with pytest.raises(UserError, match="unet holds no weights: diffusion_pytorch_model.safetensors or "):
         doctor.check_model_files(options)
 
 

@@ -1,4 +1,4 @@
-"""Lean layers compute what the libraries' own do, and keep less for the backward pass."""
+"""Lean layers compute what the libraries' own do, and save less for the backward pass."""
 
 import copy
 
@@ -35,15 +35,51 @@ def test_every_layer_of_stable_diffusion_that_can_be_is_lean(parts):
         assert (LoraLinear in kinds) == (model is parts.unet)
 
 
-def test_what_is_trained_is_left_alone():
-    trained = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1, padding_mode="circular"))
-    trained[1].requires_grad_(False)
-    make_lean(trained)
-    assert {type(module) for module in trained} == {nn.Conv2d}
+def test_other_convolutions_stay_as_they_are():
+    layers = nn.Sequential(
+        nn.Conv2d(3, 3, 1),
+        nn.Conv2d(3, 3, 1, padding_mode="circular").requires_grad_(False),
+        nn.Conv2d(3, 3, 3, padding="same").requires_grad_(False),
+    )
+    make_lean(layers)
+    assert {type(module) for module in layers} == {nn.Conv2d}
+
+
+GEOMETRIES = {
+    "3x3": dict(kernel_size=3, padding=1),
+    "1x1": dict(kernel_size=1),
+    "strided": dict(kernel_size=3, stride=2, padding=1),
+    "strided, unpadded": dict(kernel_size=3, stride=2),
+    "even kernel": dict(kernel_size=4, stride=2, padding=1),
+    "dilated": dict(kernel_size=3, padding=2, dilation=2),
+    "grouped": dict(kernel_size=3, padding=1, groups=4),
+    "uneven": dict(kernel_size=(3, 1), stride=(2, 1), padding=(1, 0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_frozen_convolution_has_the_gradient_of_torch_s(geometry, dtype):
+    """The same bits in the same layout, for the weights in channels last that models are loaded with."""
+    layer = nn.Conv2d(8, 16, **GEOMETRIES[geometry]).to(dtype=dtype, memory_format=torch.channels_last)
+    layer.requires_grad_(False)
+    lean = nn.Sequential(copy.deepcopy(layer))
+    make_lean(lean)
+    for size in ((8, 8), (9, 7), (16, 12)):
+        for layout in LAYOUTS:
+            x = torch.randn(2, 8, *size, dtype=dtype).to(memory_format=layout).requires_grad_()
+            outputs = [module(x) for module in (layer, lean)]
+            upstream = torch.randn_like(outputs[0])
+            for other in LAYOUTS:  # of the gradient that arrives
+                ours, theirs = (
+                    torch.autograd.grad(y, x, upstream.to(memory_format=other), retain_graph=True)[0]
+                    for y in reversed(outputs)
+                )
+                assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
 
 
 def saved_bytes(run) -> int:
-    """Bytes that autograd keeps for the backward pass of `run`, weights apart."""
+    """Bytes that autograd saves for the backward pass of `run`, without weights."""
     kept = {}
 
     def pack(tensor):
@@ -56,7 +92,7 @@ def saved_bytes(run) -> int:
     return sum(kept.values())
 
 
-def test_the_decoder_keeps_a_third(parts):
+def test_the_decoder_saves_a_third(parts):
     lean = copy.deepcopy(parts.vae)
     make_lean(lean)
     x0 = torch.randn(1, 4, 8, 8, requires_grad=True)
@@ -64,7 +100,7 @@ def test_the_decoder_keeps_a_third(parts):
     assert kept[1] < 0.45 * kept[0]
 
 
-def test_the_unet_keeps_less(parts):
+def test_the_unet_saves_less(parts):
     add_lora(parts.unet, 2, 2, 0)
     lean = copy.deepcopy(parts.unet)
     make_lean(lean)

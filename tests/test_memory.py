@@ -146,7 +146,7 @@ def test_low_memory_trains_the_same_lora(training_options, tmp_path, monkeypatch
     assert plain == low
 
 
-def test_visitors_go_home_unchanged():
+def test_models_are_restored_after_their_time_on_a_device():
     class Tensor:
         def __init__(self, device):
             self.device, self.data = torch.device(device), self
@@ -156,10 +156,21 @@ def test_visitors_go_home_unchanged():
 
     gpu, here, there = torch.device("cuda"), Tensor("cuda:0"), Tensor("cpu")
     model = SimpleNamespace(parameters=lambda: [here, there], buffers=lambda: [])
-    with pytest.raises(RuntimeError, match="stop"), offload.visit(gpu, model):
+    with pytest.raises(RuntimeError, match="stop"), offload.on_device(gpu, model):
         assert there.data == ("moved", gpu) and here.data is here
         raise RuntimeError("stop")
     assert there.data is there
+
+
+def test_pinned_memory_is_rounded_up_to_powers_of_two(options):
+    model = torch.nn.Linear(3, 100)  # 1,200 bytes and 400
+    assert offload.pinned_size(model.requires_grad_(False)) == 2048 + 512
+    assert offload.pinned_size(model.requires_grad_(True)) == 0  # what is trained stays on the GPU
+    with_reward = memory.pinned(options, torch.float32)
+    frozen = max(weights for weights, _ in memory.count(options, torch.float32, 64).values())
+    assert frozen < with_reward < 2 * frozen
+    half = memory.pinned(options, torch.bfloat16)
+    assert half == pytest.approx(with_reward / 2, rel=0.1)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

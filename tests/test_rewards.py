@@ -8,11 +8,13 @@ import inference_lora
 import refl_lora
 from refl.model.lora import add_lora
 from refl.reward import rewards
+from refl.reward.contract import RewardSpec
 from refl.system.errors import UserError
 
 import pytest
 import torch
 from conftest import ROOT, save_lora, weight_options
+from PIL import Image
 from test_scripts import events, run_in_process
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -123,7 +125,7 @@ def test_classes_and_modules(own):
         ),
         ("needs_more:red", "there is no module no_such_library .needs_more imports it"),
         ("own_rewards:green", r"there is no green in .*own_rewards\.py"),
-        ("own_rewards:NeedsMore", "the class is made without arguments .missing a required argument: 'size'"),
+        ("own_rewards:NeedsMore", "the class must take no arguments .missing a required argument: 'size'"),
         ("own_rewards:NoCall", r"the class has no __call__\(images, prompts\)"),
         ("./own_rewards.py:red", r"\./own_rewards.py:red is not a reward; name"),
         ("own_rewards.py:red", "there is no module own_rewards.py"),
@@ -159,14 +161,74 @@ def test_a_gradient_of_zero_is_said_and_allowed(own, caplog):
     assert "own_rewards.flat has a gradient of zero" in caplog.text
 
 
-def test_proofs_change_nothing(own):
+def test_validation_changes_nothing(own):
     reward = load("own_rewards:words")
     gradients = []
-    for _ in range(2):  # proved in the first call, not looked at in the second
+    for _ in range(2):  # validated in the first call only
         images = IMAGES.clone().requires_grad_()
         gradients.append(torch.autograd.grad(reward(images, ["a", "four"]).sum(), images)[0])
-    assert reward.proven == {"own_rewards.words"} and torch.equal(*gradients)
+    assert reward.validated == {"own_rewards.words"} and torch.equal(*gradients)
     assert gradients[0][1, 0, 0, 0] == pytest.approx(4 / 256)
+
+
+class CountsChecks(torch.Tensor):
+    """Scores that count how often they are checked, each of which makes a GPU's host wait."""
+
+    checks = 0
+
+    def isfinite(self):
+        CountsChecks.checks += 1
+        return torch.ones(len(self), dtype=torch.bool)
+
+
+def test_scores_without_gradient_are_checked_once(own, monkeypatch):
+    """A reward that is held out never gets a gradient; checking it for ever would cost a sync for each
+    image."""
+    reward = load("own_rewards:red")
+    function = reward.rewards["own_rewards.red"]
+    reward.rewards["own_rewards.red"] = lambda *given: function(*given).as_subclass(CountsChecks)
+    monkeypatch.setattr(CountsChecks, "checks", 0)
+    for _ in range(3):
+        reward(IMAGES, ["a", "b"])
+    assert CountsChecks.checks == 1 and not reward.validated
+    for _ in range(3):  # then trained on
+        reward(IMAGES.clone().requires_grad_(), ["a", "b"])
+    assert CountsChecks.checks == 1 + 2 and reward.validated == {"own_rewards.red"}  # scores and gradient
+
+
+@pytest.mark.parametrize("name", ["nan", "detached", "steep"])
+def test_a_held_out_check_does_not_replace_that_of_training(own, name):
+    reward = load(f"own_rewards:{name}")
+    reward.finite.add(f"own_rewards.{name}")  # as after a validation whose scores were finite
+    with pytest.raises(UserError, match=f"the reward own_rewards.{name} {FAULTS[name]}"):
+        reward(IMAGES.clone().requires_grad_() * 1, ["a", "b"])
+
+
+def test_a_reward_of_one_file_and_one_line(own, tmp_path, monkeypatch):
+    """As README says: what a specification knows is used everywhere."""
+    spec = RewardSpec(
+        load=lambda folder, device, dtype: lambda images, prompts: images.mean((1, 2, 3)),
+        files=lambda folder: {folder / "grey.pt": "someone/grey"},
+        default_target=0.25,
+    )
+    monkeypatch.setitem(rewards.REWARDS, "grey", spec)
+    assert rewards.default_target("grey:3") == 0.25 and rewards.default_target("grey,own_rewards:red") == 2.0
+    assert rewards.default_target("imagereward") == 2.0 and rewards.default_target("own_rewards:red") == 2.0
+    assert rewards.required_files("own_rewards:red", tmp_path) == {}
+    assert list(rewards.required_files("own_rewards:red", tmp_path, "grey")) == [tmp_path / "grey.pt"]
+    with pytest.raises(UserError, match="weights are missing:\n  .*grey.pt .*someone/grey"):
+        load("grey", tmp_path)
+    (tmp_path / "grey.pt").touch()
+    assert torch.equal(load("grey", tmp_path)(IMAGES, ["a", "b"])[0], IMAGES.mean((1, 2, 3)))
+
+
+def test_pil_images_of_any_size_are_scored_by_any_reward(own, reward, tiny):
+    images = [Image.new("RGBA", (8, 9), (255, 0, 0)), Image.new("RGB", (40, 50), (0, 0, 51))]
+    scores = load("own_rewards:red:2,own_rewards:Bright").score(images, "a", CPU)
+    assert scores.tolist() == pytest.approx([2 + 1 / 3, 0.2 / 3])
+    both = load("imagereward:2,own_rewards:red", tiny).score(images, "a cat", CPU)
+    own_scores = reward.score("a cat", images)  # with its own preprocessing
+    assert both.tolist() == pytest.approx([2 * own_scores[0] + 1, 2 * own_scores[1]], abs=1e-5)
 
 
 def test_faults_end_training_at_the_first_step(own, training_options, monkeypatch):

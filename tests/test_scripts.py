@@ -379,16 +379,29 @@ def test_every_script_is_a_command(script, tmp_path):
 # ------------------------------------------------------------------------------------------ the shell script
 
 
+# torch.cuda as it is on a machine with four GPUs, of which CUDA_VISIBLE_DEVICES makes some visible.
+FOUR_GPUS = """
+import torch
+capabilities = {0: (8, 0), 1: (7, 5), 2: (9, 0), 3: (7, 5), "GPU-8932f937": (8, 6)}
+visible = [gpu for gpu in torch.cuda._parse_visible_devices() if gpu in capabilities]
+torch.cuda.device_count = lambda: len(visible)
+torch.cuda.get_device_capability = lambda gpu: capabilities[visible[gpu]]
+"""
+
+
 @pytest.fixture
 def wrapper(tmp_path):
-    """A function that runs train_refl_lora.sh where nvidia-smi reports two GPUs and Python only prints
+    """Runs train_refl_lora.sh where nvidia-smi exists, torch sees four GPUs, and Python only prints
     precision and arguments."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "nvidia-smi").write_text("#!/bin/sh\nprintf '8.0\\n7.5\\n'\n")
-    (tools / "python").write_text(
-        '#!/bin/sh\nif [ "$1" != -c ]; then echo "$ACCELERATE_MIXED_PRECISION $@"; fi\n'
-    )
+    (tools / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tools / "python").write_text(f"""#!/bin/sh
+        case "$*" in
+            *best_precision*) exec {sys.executable} -c '{FOUR_GPUS}'"$2" ;;
+            -c*) ;;
+            *) echo "$ACCELERATE_MIXED_PRECISION $@" ;;
+        esac""")
     for tool in tools.iterdir():
         tool.chmod(0o755)
 
@@ -399,23 +412,21 @@ def wrapper(tmp_path):
     return run
 
 
-def test_gpus_are_counted_as_cuda_counts_them(wrapper):
-    """The wrapper's command line is what it would be on a machine with two GPUs."""
+def test_processes_and_precision_are_those_of_the_visible_gpus(wrapper):
+    def command(devices, given="--rank=8"):
+        run = wrapper(*given.split(), CUDA_VISIBLE_DEVICES=devices, NUM_PROCESSES="")
+        return run.stdout.splitlines()[-1]
 
-    def command(given="--rank=8", **environment):
-        return wrapper(*given.split(), **environment).stdout.splitlines()[-1]
-
-    two = command(CUDA_VISIBLE_DEVICES="6,7", NUM_PROCESSES="")
+    two = command("2,0")
     assert "--multi_gpu --gpu_ids all --num_processes 2" in two and "--main_process_port 0 " in two
-    assert "--mixed_precision fp16" in two and two.endswith(
-        "--learning_rate=1e-04 --grad_scale 0.01 --rank=8"
-    )
-    from_file = command(CUDA_VISIBLE_DEVICES="1", given="--options_file=a.json --rank=8")
-    assert from_file.endswith("refl_lora.py --options_file=a.json --rank=8")  # the file has the wrapper's
-    for devices in ("1", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "0,-1,1"):
-        assert command(CUDA_VISIBLE_DEVICES=devices, NUM_PROCESSES="").startswith("fp16 /")
-    assert command(CUDA_VISIBLE_DEVICES="-1", NUM_PROCESSES="").startswith("no /")
-    assert command(given="--rank 8 --help").endswith("refl_lora.py --help")
+    assert "--mixed_precision bf16" in two
+    assert two.endswith("--learning_rate=1e-04 --grad_scale 0.01 --rank=8")
+    assert "--mixed_precision fp16" in command("0,1")
+    one = command("GPU-8932f937,-1,1", given="--options_file=a.json --rank=8")
+    assert one.startswith("bf16 /")
+    assert one.endswith("refl_lora.py --options_file=a.json --rank=8")  # the file has the wrapper's
+    assert command("-1").startswith("no /")
+    assert command("0", given="--rank 8 --help").endswith("refl_lora.py --help")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Check a model's folder in diffusers' layout by its configurations and file headers; load no weights."""
+"""Check a model's folder in diffusers' layout by its configurations and file headers, without its weights."""
 
 import json
 import math
@@ -12,18 +12,27 @@ _UNET = tuple(
     f"diffusion_pytorch_model{ending}" for ending in (".safetensors", ".bin", ".safetensors.index.json")
 )
 _CLIP = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
-# The files that are loaded, not their variants.
+# The files that are loaded, in order of preference; variants such as fp16 are not.
 WEIGHT_FILES = {"unet": _UNET, "vae": _UNET, "text_encoder": _CLIP}
 MODEL_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
 
+def required_files(folder: str | Path) -> dict[Path, str]:
+    """Each file or folder that a model needs, and where it is published; the folder alone if it is
+    missing."""
+    folder = Path(folder)
+    paths = [folder / part for part in MODEL_PARTS] if folder.exists() else [folder]
+    return dict.fromkeys(paths, "CompVis/stable-diffusion-v1-4")
+
+
 def check_model(folder: str | Path, num_inference_steps: int) -> None:
-    """`folder` holds a text-to-image model in diffusers' layout that can denoise in so many steps."""
+    """Raise `UserError` unless `folder` is a text-to-image model that can denoise in
+    `num_inference_steps`."""
     folder = Path(folder)
     unet, vae, text_encoder = (read_config(folder, part) for part in ("unet", "vae", "text_encoder"))
     for part, names in WEIGHT_FILES.items():
         if not any((folder / part / name).exists() for name in names):
-            raise UserError(f"{folder / part} holds no weights: {names[0]}, or {names[1]}.")
+            raise UserError(f"{folder / part} holds no weights: {names[0]} or {names[1]}.")
     channels = (unet.get("in_channels", 4), vae.get("latent_channels", 4))
     widths = (unet.get("cross_attention_dim"), text_encoder.get("hidden_size"))
     if channels[0] != channels[1] or widths[0] != widths[1]:
@@ -38,7 +47,7 @@ def check_model(folder: str | Path, num_inference_steps: int) -> None:
 
 
 def read_config(folder: str | Path, part: str, name: str = "config.json") -> dict:
-    """`folder`/`part`/`name`, an object in JSON."""
+    """Read the JSON object in `folder`/`part`/`name`. Raises `UserError`."""
     path = Path(folder) / part / name
     try:
         config = json.loads(path.read_text())
@@ -50,8 +59,8 @@ def read_config(folder: str | Path, part: str, name: str = "config.json") -> dic
 
 
 def resolution_of(folder: str | Path, resolution: int | None) -> int:
-    """Pixels a side: as asked, or the model's own. Raises if the UNet cannot halve the latents as often as it
-    must."""
+    """Pixels per side: as given, or the model's own. Raises `UserError` if the UNet cannot downsample
+    them."""
     unet, vae = read_config(folder, "unet"), read_config(folder, "vae")
     try:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -71,7 +80,7 @@ def resolution_of(folder: str | Path, resolution: int | None) -> int:
 
 
 def count_weights(file: Path) -> int:
-    """Weights in a .safetensors file, by its header; raises `UserError` for one that is not whole."""
+    """Number of weights in a .safetensors file, by its header; raises `UserError` for an incomplete file."""
     try:
         with safe_open(file, framework="np") as tensors:
             return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118

@@ -1,8 +1,8 @@
-"""Layers of frozen models that keep less for the backward pass, and do less, for the same numbers.
+"""Layers of frozen models that save less for the backward pass and compute less, with the same results.
 
-Nothing here is trained but a LoRA's two matrices. torch's own layers do not know: a convolution keeps its
-input for a weight gradient that nobody asks for, and GroupNorm followed by SiLU keeps three tensors of one
-size where one tells the others. Stable Diffusion's decoder keeps 5.7 GiB for an image of 512x512 in float32,
+Only the matrices of a LoRA are trained, which torch's layers do not know: a convolution saves its input for a
+weight gradient that is never computed, and GroupNorm followed by SiLU saves three tensors of one size, of
+which two follow from the third. For an image of 512x512 in float32, Stable Diffusion's decoder saves 5.7 GiB,
 and 1.9 GiB in these layers, without computing any convolution twice.
 """
 
@@ -18,18 +18,27 @@ from torch import Tensor, nn
 
 
 def make_lean(model: nn.Module) -> None:
-    """Let frozen convolutions, residual blocks and LoRA layers of `model` be those below, in place."""
+    """Replace the classes of frozen convolutions, residual blocks and LoRA layers of `model`, in place."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and not module.weight.requires_grad and module.padding_mode == "zeros":
+        if type(module) is nn.Conv2d and _is_plain_convolution(module):
             module.__class__ = FrozenConv2d
-        elif type(module) is ResnetBlock2D and _is_plain(module):
+        elif type(module) is ResnetBlock2D and _is_plain_block(module):
             module.__class__ = LeanResnetBlock2D
         elif type(module) is PeftLinear and not module.lora_variant and not any(module.lora_bias.values()):
             module.__class__ = LoraLinear
 
 
+def _is_plain_convolution(layer: nn.Conv2d) -> bool:
+    """Whether a convolution is frozen and padded by a number of zeros."""
+    return (
+        not layer.weight.requires_grad
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
+
+
 class FrozenConv2d(nn.Conv2d):
-    """A convolution that keeps nothing for the backward pass but its weight."""
+    """A convolution that saves only its weight for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
         arguments = x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
@@ -46,6 +55,8 @@ class _FrozenConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (weight,) = ctx.saved_tensors
+        # In the layout of the weight: cuDNN, like the CPU, chooses channels last if input or weight have it,
+        # and in place of the input this passes an empty tensor without a layout.
         gradient = nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.geometry)
         return gradient, *([None] * (2 + len(ctx.geometry)))
 
@@ -68,14 +79,14 @@ class _NormSilu(torch.autograd.Function):
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """SiLU(GroupNorm(x)); keeps x alone and does both again in the backward pass."""
+    """SiLU(GroupNorm(x)); saves only x and recomputes both in the backward pass."""
     if torch.is_grad_enabled():
         return _NormSilu.apply(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(norm(x), inplace=True)
 
 
-def _is_plain(block: ResnetBlock2D) -> bool:
-    """Whether a residual block is of the kind that Stable Diffusion 1 has."""
+def _is_plain_block(block: ResnetBlock2D) -> bool:
+    """Whether a residual block is of the kind in Stable Diffusion 1, and frozen."""
     return (
         block.upsample is None
         and block.downsample is None
@@ -89,7 +100,7 @@ def _is_plain(block: ResnetBlock2D) -> bool:
 
 
 class LeanResnetBlock2D(ResnetBlock2D):
-    """diffusers' residual block by `norm_silu`."""
+    """diffusers' residual block with `norm_silu`."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
         hidden = self.conv1(norm_silu(self.norm1, input_tensor))  # (B, C, H, W)
@@ -103,10 +114,10 @@ class LeanResnetBlock2D(ResnetBlock2D):
 
 
 class LoraLinear(PeftLinear):
-    """peft's LoRA layer with one adapter, y = W x + b + s B A x, in the precision of x: A and B are cast to
-    it, not x to theirs."""
+    """peft's LoRA layer with one adapter, y = W x + b + s B A x, in the precision of x: casts A and B to it
+    instead of x to theirs."""
 
-    cast = None  # A and B in the precision of W, for a while
+    cast = None  # A and B in the precision of W, inside `lora_cast_once`
 
     def forward(self, x: Tensor) -> Tensor:  # (..., width)
         rows = x.flatten(0, -2)
@@ -124,7 +135,7 @@ class LoraLinear(PeftLinear):
 
 @contextmanager
 def lora_off(model: nn.Module) -> Iterator[None]:
-    """The model without its LoRA for a block; no second copy of the weights."""
+    """Switch the LoRA of `model` off for a block; needs no second copy of the weights."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
@@ -138,7 +149,7 @@ def lora_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def lora_cast_once(model: nn.Module) -> Iterator[None]:
-    """Cast the LoRA's matrices once for a block in which they do not change and get no gradient."""
+    """Cast the matrices of the LoRA once for a block in which they do not change and get no gradient."""
     layers = [module for module in model.modules() if type(module) is LoraLinear]
     with torch.no_grad():
         for layer in layers:

@@ -1,4 +1,4 @@
-"""A Stable Diffusion folder with a LoRA merged into its UNet, for whatever cannot load LoRAs.
+"""Merge a LoRA into a copy of its model, for programs that cannot load LoRAs.
 
 python -m refl merge --lora_path checkpoint/refl_lora --output_dir checkpoint/merged
 python -m refl merge --lora_scale 0.5 --output_dir checkpoint/half_merged
@@ -9,11 +9,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from refl.model.folder import check_model
+from refl.model.folder import check_model, required_files
 from refl.model.pipeline import load_lora, load_pipeline
-from refl.preflight import doctor
 from refl.system.errors import UserError
-from refl.system.files import check_output_folder
+from refl.system.files import check_output_folder, require
 
 import torch
 import tyro
@@ -27,17 +26,17 @@ class Options:
     pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
     """Folder of the model, in diffusers' layout."""
     lora_path: str = "checkpoint/refl_lora"
-    """A LoRA for this model, file or folder: ours, diffusers' or kohya's format."""
+    """A LoRA for this model, file or folder, in diffusers' or kohya's format."""
     lora_scale: float = 1.0
-    """How much of the LoRA to merge."""
+    """Factor on the LoRA."""
     output_dir: str = "checkpoint/merged"
-    """A new folder; it is there when it is whole."""
+    """A new folder. It appears once it is complete."""
 
 
 def merge(options: Options) -> Path:
-    """Write the folder; its UNet keeps the precision of the model's. Raises `UserError`."""
+    """Write the folder and return it. The UNet keeps the precision of the model's. Raises `UserError`."""
     source, output = Path(options.pretrained_model_name_or_path), Path(options.output_dir)
-    doctor.check_weights(source, None)
+    require(required_files(source))
     check_model(source, 1)
     if os.path.lexists(output):
         raise UserError(f"--output_dir {output} exists; name a new folder.")
@@ -64,7 +63,7 @@ def merge(options: Options) -> Path:
 
 
 def _dtype(folder: Path) -> torch.dtype:
-    """Of the weights that are loaded from a folder; float32 where they are not safetensors."""
+    """Precision of the weights in a folder; float32 if they are not safetensors."""
     whole, parts = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors"
     for file in (*folder.glob(whole), *folder.glob(parts)):
         with safe_open(file, framework="pt") as tensors:
@@ -73,6 +72,6 @@ def _dtype(folder: Path) -> torch.dtype:
 
 
 def main() -> None:
-    """Merge as asked."""
+    """Merge by the options of the command line."""
     options = tyro.cli(Options, prog="python -m refl merge", use_underscores=True)
     print(f"{options.lora_path} x {options.lora_scale:g} merged into {merge(options)}")

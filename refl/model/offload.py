@@ -7,24 +7,35 @@ import torch
 
 
 @contextmanager
-def visit(device: torch.device, *models: torch.nn.Module) -> Iterator[None]:
-    """What `models` keep elsewhere is on `device` for a block, and then where it was, as it was: it must not
-    be changed there."""
-    home = {}
+def on_device(device: torch.device, *models: torch.nn.Module) -> Iterator[None]:
+    """Temporarily move parameters and buffers of `models` to `device`; restore the originals on exit.
+
+    Changes that are made to them inside the block are lost.
+    """
+    originals = {}
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     try:
-        for model in models:
-            for tensor in (*model.parameters(), *model.buffers()):
-                if tensor.device.type != device.type:
-                    home[tensor] = tensor.data
-                    tensor.data = tensor.data.to(device, non_blocking=True)
+        for tensor in tensors:
+            if tensor.device.type != device.type:
+                originals[tensor] = tensor.data
+                tensor.data = tensor.data.to(device, non_blocking=True)
         yield
     finally:
-        for tensor, data in home.items():
+        for tensor, data in originals.items():
             tensor.data = data
 
 
+visit = on_device  # for callers of the old name
+
+
 def pin(model: torch.nn.Module) -> None:
-    """Let what `model` keeps on the CPU be memory that a GPU copies fastest."""
+    """Move what `model` keeps on the CPU to pinned memory, which a GPU copies fastest."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.pin_memory()
+
+
+def pinned_size(model: torch.nn.Module) -> int:
+    """Bytes that `pin` takes for the frozen tensors of `model`: torch rounds each up to a power of two."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors if not tensor.requires_grad)

@@ -1,8 +1,8 @@
-"""GPU memory that training takes, counted beforehand and without a GPU.
+"""Count the memory that training needs, without a GPU and before training.
 
-The parts of a step run on tensors that have a shape but no content (torch's FakeTensorMode), while every
-storage that is alive is added up. On the CPU, where the same operations really run, it agrees with the
-process's own memory: benchmarks/NOTES.md. What a GPU needs besides is an allowance, not a count.
+The parts of a step run on tensors that have a shape but no content (torch's FakeTensorMode), while the bytes
+of all live storages are added up. On the CPU, where the same operations can run for real, the count agrees
+with the memory of the process: benchmarks/NOTES.md. What CUDA needs in addition is an allowance, not a count.
 """
 
 import weakref
@@ -14,8 +14,9 @@ from typing import Any
 
 from refl.model.lean import make_lean
 from refl.model.lora import add_lora
+from refl.model.offload import pinned_size
 from refl.model.stable_diffusion import decode, not_loadable, vae_factor
-from refl.reward import imagereward, rewards
+from refl.reward import rewards
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -24,12 +25,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What comes on top on a GPU: CUDA's own and its libraries' work space; what the allocator cannot hand out.
+# Allowances for a GPU: CUDA's context with the work space of its libraries, and the allocator's
+# fragmentation.
 CUDA_GIB, FRAGMENTATION = 0.8, 1.1
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations make until they are freed; `peak` is the most at once."""
+    """Adds up the bytes of storages that operations allocate, until they are freed; `peak` is the maximum."""
 
     def __init__(self):
         super().__init__()
@@ -38,13 +40,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
-                self.known.add(storage)
-                given = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-                if all(t.untyped_storage() is not storage for t in given):  # not a view of what there was
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._freed, storage.nbytes())
+        inputs = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)]
+        for storage in outputs:
+            if storage in self.known:
+                continue
+            self.known.add(storage)
+            if all(storage is not other for other in inputs):  # not a view of an input
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
         self.peak = max(self.peak, self.now)
         return result
 
@@ -53,28 +57,28 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_of(run: Callable[[], object]) -> int:
-    """Bytes that `run` makes, at most at once, beyond what there was."""
+    """Peak of the bytes that `run` allocates."""
     with LiveBytes() as live:
         run()
     return live.peak
 
 
 def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[float, float]]:
-    """GiB of weights on the GPU, and of all else, in each part of a step: "rollout", "decoder and reward",
-    "gradient". The parts follow each other.
+    """GiB of weights on the GPU and of everything else, for each part of a step: "rollout", "decoder and
+    reward", "gradient". The parts follow each other.
 
-    `options` are those of refl_lora.py. Of rewards only ImageReward is counted, trained on or held out.
-    Raises `UserError`.
+    `options` are those of refl_lora.py. Rewards without `RewardSpec.load_empty` are not counted. Raises
+    `UserError`.
     """
-    folder = options.pretrained_model_name_or_path
-    is_trained_on = "imagereward" in rewards.parse(options.reward)
-    is_held_out = "imagereward" in rewards.parse_held_out(options.held_out_reward)
-    reward_path = options.reward_path if is_trained_on or is_held_out else None
-    with without_content(folder, reward_path, options.rank, dtype) as (unet, vae, reward):
+    low_memory, trained_on = options.low_memory, rewards.parse(options.reward)
+    judges = empty_rewards(options, dtype)
+    with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as (unet, vae):
         for model in (unet, vae):
             make_lean(model)
-            if options.gradient_checkpointing or options.low_memory:
+            if options.gradient_checkpointing or low_memory:
                 model.enable_gradient_checkpointing()
+        for reward in judges.values():
+            empty(reward)
         lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         side = resolution // vae_factor(vae)
         is_guided = options.guidance_scale != 1 and options.lora_in_uncond  # else one half after the other
@@ -95,36 +99,51 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
             size = options.decode_batch_size
             x0 = torch.empty(size, unet.config.in_channels, side, side, requires_grad=True)
             images = decode(vae, x0).clamp(0, 1)
-            torch.autograd.grad(score(reward, images) if is_trained_on else images.mean(), x0)
+            scores = [reward(images, [""] * size) for name, reward in judges.items() if name in trained_on]
+            torch.autograd.grad(sum(scores).sum() if scores else images.mean(), x0)
 
         def gradient() -> None:
             eps = predict_noise(options.train_batch_size, "gradient")
             torch.autograd.grad(eps, lora, torch.empty_like(eps))
 
         trained = 4 * sum(matrix.nbytes for matrix in lora)  # the LoRA, its gradient, AdamW's two means
-        frozen = {model: _bytes(model) for model in (unet, vae, reward) if model}
+        frozen = {model: _frozen_bytes(model) for model in (unet, vae, *judges.values())}
         parts = {
             "rollout": (rollout, [unet]),
-            "decoder and reward": (decoder_and_reward, [vae, reward]),
+            "decoder and reward": (decoder_and_reward, [vae, *judges.values()]),
             "gradient": (gradient, [unet]),
         }
         counted = {}
-        for name, (run, own) in parts.items():
-            here = [size for model, size in frozen.items() if not options.low_memory or model in own]
-            counted[name] = (trained + sum(here)) / 2**30, peak_of(run) / 2**30
+        for name, (run, used) in parts.items():
+            weights = sum(size for model, size in frozen.items() if not low_memory or model in used)
+            counted[name] = (trained + weights) / 2**30, peak_of(run) / 2**30
         return counted
 
 
-def _bytes(model: nn.Module) -> int:
+def pinned(options: Any, dtype: torch.dtype) -> float:
+    """GiB of pinned host memory that each process needs for the frozen models with --low_memory."""
+    judges = empty_rewards(options, dtype).values()
+    with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as models:
+        return sum(pinned_size(model) for model in (*models, *judges)) / 2**30
+
+
+def empty_rewards(options: Any, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The rewards that can be counted, by name, trained on or held out, on the meta device."""
+    specs = rewards.parse(options.reward) | rewards.parse_held_out(options.held_out_reward)
+    folder = Path(options.reward_path)
+    return {name: spec.load_empty(folder, dtype) for name, (_, spec) in specs.items() if spec.load_empty}
+
+
+def _frozen_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
 
 
 @contextmanager
 def without_content(
-    folder: str | Path, reward_path: str | Path | None, rank: int, dtype: torch.dtype
-) -> Iterator[tuple[UNet2DConditionModel, AutoencoderKL, imagereward.ImageReward | None]]:
-    """UNet with LoRA, VAE without encoder and ImageReward, as the libraries make them and as training loads
-    them, but without content; for a block in which tensors have none."""
+    folder: str | Path, rank: int, dtype: torch.dtype
+) -> Iterator[tuple[UNet2DConditionModel, AutoencoderKL]]:
+    """UNet with LoRA and VAE without encoder, as training loads them but without content; no tensor that is
+    created in the block has any."""
     try:
         with torch.device("meta"):
             config = UNet2DConditionModel.load_config(folder, subfolder="unet")
@@ -133,31 +152,20 @@ def without_content(
             for model in (unet, vae):
                 model.requires_grad_(False)
             add_lora(unet, rank, rank, 0)
-    except Exception as error:  # whatever configurations of another model make of it
+    except Exception as error:  # configurations of another model raise many kinds
         raise not_loadable(folder, error) from error
     vae.encoder = None
-    reward = imagereward.load(reward_path) if reward_path else None
-    dtypes = {unet: dtype, vae: torch.float32 if dtype == torch.float16 else dtype}
-    if reward:
-        dtypes |= {reward.vision: dtype, reward.text: dtype, reward.head: torch.float32}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for model, own in dtypes.items():
-            empty(model, own)
-        yield unet, vae, reward
+        empty(unet, dtype)
+        empty(vae, torch.float32 if dtype == torch.float16 else dtype)
+        yield unet, vae
 
 
-def score(reward: imagereward.ImageReward, images: Tensor) -> Tensor:
-    """The sum of the rewards, (), of images (B, 3, H, W) for prompts of no content."""
-    ids = torch.zeros(len(images), imagereward.MAX_TOKENS, dtype=torch.long)
-    pixels = imagereward.preprocess(images, reward.image_size)
-    return reward.score_tokens(pixels, ids, torch.ones_like(ids)).sum()
-
-
-def empty(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give `model` tensors without content; what is not trained in `dtype`."""
+def empty(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace the tensors of `model` by ones without content, frozen ones in `dtype` if it is given."""
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            is_cast = tensor.is_floating_point() and not tensor.requires_grad
+            is_cast = dtype and tensor.is_floating_point() and not tensor.requires_grad
             new = torch.empty(tensor.shape, dtype=dtype if is_cast else tensor.dtype)
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
@@ -166,13 +174,13 @@ def empty(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def needed(options: Any, dtype: torch.dtype, resolution: int) -> float:
-    """GiB that a GPU must have free to train with `options`."""
+    """GiB of free GPU memory that training with `options` needs, allowances included."""
     counted = count(options, dtype, resolution)
-    return CUDA_GIB + max(weights + FRAGMENTATION * others for weights, others in counted.values())
+    return CUDA_GIB + max(weights + FRAGMENTATION * other for weights, other in counted.values())
 
 
 def advice(options: Any, dtype: torch.dtype, resolution: int) -> str:
-    """Options that need less, with what each would need, a line each; "" if there are none."""
+    """Options that need less memory, one on a line with its GiB; "" if there are none."""
     batch, steps = options.train_batch_size, options.gradient_accumulation_steps
     lowest = {"low_memory": True, "decode_batch_size": 1}
     smaller = {"train_batch_size": 1, "decode_batch_size": 1, "gradient_accumulation_steps": batch * steps}

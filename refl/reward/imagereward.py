@@ -5,13 +5,13 @@
     scorer.rank("a red fox", ["1.png", "2.png"])     # places, 1 is the best, and scores
     scorer(images, prompts)                          # tensors in [0, 1]; differentiable
 
-    python -m refl score "a red fox" *.png     # the same as a table
+    python -m refl score "a red fox" *.png           # the same as a table
 
-A BLIP vision tower reads the image, a BERT with cross attention reads the prompt while looking at the
-image, and a linear head turns the feature of the first token into a score. `ImageReward.pt` is loaded as
-published: only its keys are renamed. Files that follow the same format at other sizes load as well: sizes are
-read from the weights' shapes, and what shapes do not tell (heads, activation, normalisation of the score)
-from `med_config.json`, where keys that the published file lacks default to the published values.
+A BLIP vision tower encodes the image, a BERT with cross-attention to the image encodes the prompt, and a
+linear head turns the feature of the first token into a score. `ImageReward.pt` is loaded as published: only
+its keys are renamed. Files in the same format at other sizes load as well: sizes are read from the shapes of
+the weights, and heads, activation and normalisation of the score from `med_config.json`, where keys that the
+published file lacks default to the published values.
 """
 
 import json
@@ -24,7 +24,9 @@ from os import PathLike
 from pathlib import Path
 from textwrap import shorten
 
+from refl.reward.contract import RewardSpec
 from refl.system.errors import UserError, is_first_process
+from refl.system.images import read_image
 
 import numpy as np
 import torch
@@ -32,19 +34,26 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers import (
+    BatchEncoding,
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+)
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 MAX_TOKENS = 35  # longer prompts are cut here, as published
-# The linear layers among `mlp.layers`; the dropouts between them do nothing here.
+# Indices of the linear layers in `mlp.layers`; the dropouts between them are inactive.
 HEAD_LAYERS = (0, 2, 4, 6, 7)
 # The published normalisation of the head's output.
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as BLIP uses them
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Published keys and ours. "#" stands for a number, "*" for the rest.
+# Published keys and ours. "#" is a number, "*" the rest of the key.
 KEYS = (
     ("blip.visual_encoder.cls_token", "vision.embeddings.class_embedding"),
     ("blip.visual_encoder.pos_embed", "vision.embeddings.position_embedding"),
@@ -58,7 +67,7 @@ KEYS = (
     ("mlp.layers.*", "head.*"),
 )
 PUBLISHED = tuple((ours, published) for published, ours in KEYS)
-# Those whose shapes tell the sizes of a model.
+# Keys whose shapes determine the sizes of the model.
 SIZING_KEYS = (
     "vision.embeddings.position_embedding",
     "vision.embeddings.patch_embedding.weight",
@@ -77,8 +86,7 @@ ImageInput = Image.Image | str | PathLike | Tensor  # a tensor: (3, H, W) in [0,
 
 
 class VisionAttention(BlipAttention):
-    """BLIP's self-attention by torch's fused kernel, which keeps no (tokens x tokens) matrix for the backward
-    pass."""
+    """BLIP's self-attention by torch's fused kernel, which saves no (tokens x tokens) matrix for backward."""
 
     def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, None]:  # (B, tokens, width)
         states = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
@@ -88,7 +96,7 @@ class VisionAttention(BlipAttention):
 
 
 class TextAttention(BlipTextSelfAttention):
-    """The text tower's attention, to itself or to the image, by the same kernel."""
+    """The text tower's self-attention or cross-attention by the same kernel."""
 
     def forward(
         self,
@@ -109,7 +117,7 @@ class TextAttention(BlipTextSelfAttention):
 class ImageReward(nn.Module):
     """Human-preference score of an image for a prompt; differentiable in the image.
 
-    `head_widths` are the output widths of the head's linear layers, the last one 1.
+    `head_widths`: output widths of the head's linear layers; the last one is 1.
     """
 
     def __init__(
@@ -137,20 +145,20 @@ class ImageReward(nn.Module):
         self.tokenizer = tokenizer
         self.score_mean, self.score_std = score_mean, score_std
         self.image_size = vision_config.image_size
-        self.has_said_cut = False
+        self.has_warned_of_cut = False
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.head[0].weight.device
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores, (B,) float32, of images (B, 3, H, W) in [0, 1], any size, each for its own prompt."""
+        """Scores, (B,) float32, of images (B, 3, H, W) in [0, 1], any size, one prompt for each."""
         return self.score_pixels(preprocess(images, self.image_size), prompts)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the vision tower sees in images (B, 3, H, W) in [0, 1]: its first token, (B, width) float32,
-        of length 1."""
+        """The vision tower's first token for images (B, 3, H, W) in [0, 1], (B, width) float32, of length
+        1."""
         pixels = preprocess(images, self.image_size).to(self.vision.dtype)
         return F.normalize(self.vision(pixels).last_hidden_state[:, 0].float(), dim=-1)
 
@@ -159,44 +167,41 @@ class ImageReward(nn.Module):
         if isinstance(prompts, str) or [type(prompt) for prompt in prompts] != [str] * len(pixels):
             raise UserError(f"{len(pixels)} images need as many prompts, in a list; got {prompts!r:.80}.")
         tokens = self.tokenize(prompts).to(pixels.device, non_blocking=True)
-        return self.score_tokens(pixels, tokens.input_ids, tokens.attention_mask)
-
-    def score_tokens(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """As `score_pixels`, for prompts as ids and mask, (B, tokens)."""
         hidden = self.text(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
             encoder_hidden_states=self.vision(pixels.to(self.vision.dtype)).last_hidden_state,
         ).last_hidden_state  # (B, tokens, width)
         with torch.autocast(pixels.device.type, enabled=False):
             score = self.head(hidden[:, 0].to(self.head[0].weight.dtype)).squeeze(-1)
         return (score - self.score_mean) / self.score_std
 
-    def tokenize(self, prompts: Sequence[str]):
-        """Ids and mask, (B, 35); the first prompt that has to be cut is said."""
+    def tokenize(self, prompts: Sequence[str]) -> BatchEncoding:
+        """Ids and mask, (B, 35). Warns of the first prompt that is cut."""
         prompts = list(prompts)
-        tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        )
-        if not self.has_said_cut and is_first_process():
-            for prompt, is_full in zip(prompts, tokens.attention_mask.all(dim=1).tolist(), strict=True):
-                if is_full and (length := len(self.tokenizer(prompt).input_ids)) > MAX_TOKENS:
-                    logging.getLogger(__name__).warning(
-                        f"ImageReward reads {MAX_TOKENS} tokens of a prompt, as published. "
-                        f"This one of {length} is cut, others will be without a word: {shorten(prompt, 80)}"
-                    )
-                    self.has_said_cut = True
-                    break
-        return tokens
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS)
+        if not self.has_warned_of_cut and is_first_process():
+            self._warn_of_cut(prompts, tokens.attention_mask)
+        return tokens.convert_to_tensors("pt")
+
+    def _warn_of_cut(self, prompts: list[str], masks: list[list[int]]) -> None:
+        for prompt, mask in zip(prompts, masks, strict=True):
+            if all(mask) and (length := len(self.tokenizer(prompt).input_ids)) > MAX_TOKENS:
+                logging.getLogger(__name__).warning(
+                    f"ImageReward reads the first {MAX_TOKENS} tokens of a prompt, as published. This prompt "
+                    f"has {length}; others are cut without a warning: {shorten(prompt, 80)}"
+                )
+                self.has_warned_of_cut = True
+                return
 
     @torch.no_grad()
     def score(
         self, prompt: str, images: ImageInput | Iterable[ImageInput], batch_size: int = 8
     ) -> float | list[float]:
-        """The score of one image, or those of several: PIL images, paths, tensors in [0, 1].
+        """The score of one image, or of each of several: PIL images, paths, or tensors (3, H, W) in [0, 1].
 
-        Images and paths are resized in 8 bits, as published; tensors as in training. Raises `UserError` for
-        what is no image.
+        PIL images and files are resized in 8 bits, as published; tensors as in training. Raises `UserError`
+        for anything else and for files that cannot be read.
         """
         if not isinstance(images, Iterable) or isinstance(images, str) or getattr(images, "ndim", 4) == 3:
             return self.score(prompt, [images])[0]
@@ -207,8 +212,7 @@ class ImageReward(nn.Module):
         return scores
 
     def rank(self, prompt: str, images: Iterable[ImageInput]) -> tuple[list[int], list[float]]:
-        """Each image's place, 1 being the best and the first of equals before the next, and each one's
-        score."""
+        """Rank and score of each image; rank 1 is the best, and of equal scores the first image wins."""
         scores = self.score(prompt, images)
         scores = scores if isinstance(scores, list) else [scores]
         ranks = [0] * len(scores)
@@ -241,8 +245,8 @@ def preprocess(images: Tensor, size: int) -> Tensor:
     """Short side to `size`, centre crop, CLIP normalisation: (B, 3, H, W) in [0, 1] -> (B, 3, size, size),
     float32 at least.
 
-    The resize is antialiased, as Pillow's is: without it most of the gradient's energy lies above what `size`
-    pixels can carry. It differs from `preprocess_pil` only by not rounding to 8 bits.
+    The resize is antialiased, as Pillow's is: without it most of the gradient's energy lies at frequencies
+    that `size` pixels cannot represent. It differs from `preprocess_pil` only by not rounding to 8 bits.
     """
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     resized = _resized(*images.shape[-2:], size)
@@ -253,15 +257,9 @@ def preprocess(images: Tensor, size: int) -> Tensor:
 
 
 def preprocess_pil(image: Image.Image | str | PathLike, size: int) -> Tensor:
-    """An image or its file as (1, 3, size, size), bit for bit as published: resize and crop in the image's
-    own mode, then RGB. Raises `UserError` for a file that is no image."""
-    if not isinstance(image, Image.Image):
-        try:
-            with Image.open(image) as file:
-                return preprocess_pil(file, size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or "not an image that can be read"
-            raise UserError(f"{image}: {reason}.") from error
+    """A PIL image or an image file as (1, 3, size, size), bit for bit as published: resize and crop in the
+    image's own mode, then RGB. Raises `UserError` for a file that cannot be read."""
+    image = image if isinstance(image, Image.Image) else read_image(image)
     height, width = _resized(image.height, image.width, size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -276,7 +274,7 @@ def _resized(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def _normalise(images: Tensor) -> Tensor:
-    # By numbers: a tensor made of them here would make a GPU wait.
+    # Plain numbers, because a tensor made of them would be copied to the GPU, which waits for that.
     channels = zip(images.unbind(1), PIXEL_MEAN, PIXEL_STD, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
@@ -291,12 +289,55 @@ def load(
     bert-base-uncased/, or from such a file with the other two beside it; frozen.
 
     The towers are in `dtype`, the head and the score always in float32. Raises `UserError` for files that are
-    damaged or are something else.
+    damaged or belong to another model.
     """
+    model, weights = _read(_weights_file(path))
+    model.load_state_dict(weights, assign=True)
+    positions = torch.arange(model.text.config.max_position_embeddings).expand((1, -1))
+    # Not in the file, so still on meta.
+    model.text.embeddings.position_ids = nn.Buffer(positions, persistent=False)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    return _freeze(model, dtype).to(device)
+
+
+def load_empty(path: str | Path, dtype: torch.dtype = torch.float32) -> ImageReward:
+    """As `load`, with all tensors on the meta device; reads no more of the weights than their shapes."""
+    return _freeze(_read(_weights_file(path))[0], dtype)
+
+
+def required_files(path: str | Path) -> dict[Path, str]:
+    """Each file that `load` needs, and where it is published."""
+    file = _weights_file(path)
+    tokenizer = file.with_name("bert-base-uncased")
+    return {
+        file: "THUDM/ImageReward",
+        file.with_name("med_config.json"): "THUDM/ImageReward",
+        tokenizer / "vocab.txt" if tokenizer.exists() else tokenizer: "google-bert/bert-base-uncased",
+    }
+
+
+SPEC = RewardSpec(load, required_files, load_empty, default_target=2.0)  # the target as published
+
+
+def _weights_file(path: str | Path) -> Path:
+    """The file of weights, given itself or its folder; whether or not it exists."""
     path = Path(path)
-    file = path if path.suffix in (".pt", ".safetensors") else path / "ImageReward.pt"
-    if not file.exists() and (path / "ImageReward.safetensors").exists():
-        file = path / "ImageReward.safetensors"
+    if path.suffix in (".pt", ".safetensors"):
+        return path
+    file, other = path / "ImageReward.pt", path / "ImageReward.safetensors"
+    return other if other.exists() and not file.exists() else file
+
+
+def _freeze(model: ImageReward, dtype: torch.dtype) -> ImageReward:
+    model.requires_grad_(False).eval()
+    model.vision.to(dtype)
+    model.text.to(dtype)
+    model.head.float()
+    return model
+
+
+def _read(file: Path) -> tuple[ImageReward, dict[str, Tensor]]:
+    """A model on the meta device that fits `file`, and the weights under its keys. Raises `UserError`."""
     weights = _rename(read_weights(file), KEYS)
     med_config_file, tokenizer_folder = file.with_name("med_config.json"), file.with_name("bert-base-uncased")
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -311,9 +352,9 @@ def load(
         vision_config, text_config = _configs(weights, med_config)
         head_widths = tuple(weights[f"head.{layer}.weight"].shape[0] for layer in HEAD_LAYERS)
         normalisation = med_config.get("score_mean", SCORE_MEAN), med_config.get("score_std", SCORE_STD)
-        with torch.device("meta"):  # no random initialisation of weights that are about to be replaced
+        with torch.device("meta"):  # no random initialisation of weights that will be replaced
             model = ImageReward(vision_config, text_config, tokenizer, head_widths, *normalisation)
-    except Exception as error:  # whatever files of another model make of it: keys, types, impossible sizes
+    except Exception as error:  # files of another model raise many kinds: keys, types, impossible sizes
         raise UserError(
             f"{file} and {med_config_file.name} are not those of an ImageReward model "
             f"({type(error).__name__}: {error}). Get both from THUDM/ImageReward on the Hugging Face Hub."
@@ -327,22 +368,13 @@ def load(
     if expected.keys() != weights.keys() or shapes:
         missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
         raise _not_imagereward(file, missing, unexpected, shapes)
-    if len(tokenizer) != text_config.vocab_size:  # transformers makes an empty one of an empty folder
+    if len(tokenizer) != text_config.vocab_size:  # transformers creates an empty one from an empty folder
         raise UserError(
             f"{tokenizer_folder} does not fit {file.name}: {len(tokenizer)} tokens instead of "
             f"{text_config.vocab_size}. vocab.txt, tokenizer.json and tokenizer_config.json of "
-            "google-bert/bert-base-uncased belong there."
+            "google-bert/bert-base-uncased belong in that folder."
         )
-    model.load_state_dict(weights, assign=True)
-    positions = torch.arange(text_config.max_position_embeddings).expand((1, -1))
-    # Not in the file, so still on meta.
-    model.text.embeddings.position_ids = nn.Buffer(positions, persistent=False)
-    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    model.requires_grad_(False).eval()
-    model.vision.to(dtype)
-    model.text.to(dtype)
-    model.head.float()
-    return model.to(device)
+    return model, weights
 
 
 def load_tokenizer(folder: str | Path) -> BertTokenizer:
@@ -351,19 +383,19 @@ def load_tokenizer(folder: str | Path) -> BertTokenizer:
     try:
         tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception for files it cannot parse
-        raise UserError(f"{folder} holds no tokenizer of BERT that can be read ({error}).") from error
+        raise UserError(f"{folder} contains no readable BERT tokenizer ({error}).") from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_tokens(["[ENC]"], special_tokens=True)
     return tokenizer
 
 
 def published_state_dict(model: ImageReward) -> dict[str, Tensor]:
-    """The model's weights under the keys of the published `ImageReward.pt`."""
+    """The weights under the keys of the published `ImageReward.pt`."""
     return _rename(model.state_dict(), PUBLISHED)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A file of tensors and nothing else, memory-mapped where its format allows; raises `UserError`."""
+    """Read a file of tensors, memory-mapped where its format allows; raises `UserError`."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -376,15 +408,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "Copy it again from its source."
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path} holds something other than a table of weights.")
+        raise UserError(f"{path} contains something other than a table of weights.")
     return weights
 
 
 def _not_imagereward(
     file: Path, missing: Iterable[str], unexpected: Iterable[str], shapes: dict[str, str] | None = None
 ) -> UserError:
-    """What does not fit, by the names in the file."""
-    found = []
+    """The error for weights that do not fit, by the names in the file."""
+    problems = []
     for title, keys in (
         ("missing", dict.fromkeys(missing, "")),
         ("unexpected", dict.fromkeys(unexpected, "")),
@@ -392,15 +424,17 @@ def _not_imagereward(
     ):
         names = [f"{key} {note}".strip() for key, note in sorted(_rename(keys, PUBLISHED).items())]
         if names:
-            found.append(f"{len(names)} {title}: " + ", ".join(names[:3]) + ", ..." * (len(names) > 3))
+            shown = names if len(names) <= 3 else [*names[:3], "..."]
+            problems.append(f"{len(names)} {title}: {', '.join(shown)}")
     return UserError(
-        f"{file} is not an ImageReward model that fits med_config.json: {'; '.join(found)}. "
+        f"{file} is not an ImageReward model that fits med_config.json: {'; '.join(problems)}. "
         "Get both from THUDM/ImageReward on the Hugging Face Hub."
     )
 
 
 def _rename(weights: dict[str, Tensor], keys: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    """`weights` under the target of the first source in `keys` that a key matches, unused ones left out."""
+    """Rename each key of `weights` by the first (source, target) in `keys` whose source matches; drop unused
+    ones."""
     rules = []
     for source, target in keys:
         pattern = re.escape(source).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)")
@@ -414,7 +448,7 @@ def _rename(weights: dict[str, Tensor], keys: tuple[tuple[str, str], ...]) -> di
 
 
 def _configs(weights: dict[str, Tensor], med_config: dict) -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """Sizes from the weights' shapes; what shapes do not tell from `med_config`, or as published."""
+    """Configurations by the shapes of the weights, and for the rest by `med_config` or as published."""
     _, num_positions, vision_width = weights["vision.embeddings.position_embedding"].shape
     patch_size = weights["vision.embeddings.patch_embedding.weight"].shape[-1]
     vision_config = BlipVisionConfig(
@@ -431,7 +465,7 @@ def _configs(weights: dict[str, Tensor], med_config: dict) -> tuple[BlipVisionCo
     text_config = BlipTextConfig(
         vocab_size=vocab_size,
         hidden_size=text_width,
-        encoder_hidden_size=vision_width,  # the published `encoder_width` is another model's
+        encoder_hidden_size=vision_width,  # the published `encoder_width` belongs to another model
         intermediate_size=weights["text.encoder.layer.0.intermediate.dense.weight"].shape[0],
         num_hidden_layers=_num_layers(weights, r"text\.encoder\.layer\.(\d+)\."),
         num_attention_heads=med_config["num_attention_heads"],
@@ -440,7 +474,7 @@ def _configs(weights: dict[str, Tensor], med_config: dict) -> tuple[BlipVisionCo
         layer_norm_eps=med_config["layer_norm_eps"],
         bos_token_id=None,  # not used here; the default does not exist in a small vocabulary
         sep_token_id=None,
-        is_decoder=True,  # creates the cross-attention layers; the forward pass is bidirectional all the same
+        is_decoder=True,  # creates the cross-attention layers; the forward pass stays bidirectional
     )
     return vision_config, text_config
 

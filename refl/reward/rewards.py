@@ -1,15 +1,16 @@
-"""Rewards: what images are taught to please, one or a weighted sum of several.
+"""Rewards by name: one, or a weighted sum of several.
 
-A reward is a callable (images, prompts) -> scores: images (B, 3, H, W) float32 in [0, 1], a list of B
-prompts, scores (B,), higher is better, differentiable in the images. `--reward` names them:
+`contract.Reward` says what a reward is. `--reward` names them:
 
     imagereward                                   one of REWARDS
     my_rewards:redness                            the function `redness` of the module `my_rewards`
     imagereward:1.0,my_rewards:redness:0.5        1.0 x the first + 0.5 x the second
 
-A class in place of a function is made once, without arguments, on every process, and its instance called; an
-nn.Module is frozen and moved to the device. Weights belong there: what a module makes when it is imported is
-made before each process knows its GPU.
+To add one to REWARDS, write a file with its `RewardSpec` and add a line here.
+
+In place of a function there may be a class. Every process instantiates it once, without arguments, and calls
+the instance; an nn.Module is frozen and moved to the device. Load weights there: a module is imported before
+its process knows which GPU it has.
 """
 
 import importlib
@@ -18,20 +19,21 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from refl.reward import imagereward
+from refl.reward.contract import Reward, RewardSpec
 from refl.system.errors import UserError, is_first_process
+from refl.system.files import require
+from refl.system.images import to_tensor
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-Reward = Callable[[Tensor, list[str]], Tensor]
-RewardLoader = Callable[[str | Path, torch.device, torch.dtype], Reward]  # (folder of weights, device, dtype)
-
-REWARDS: dict[str, RewardLoader] = {"imagereward": imagereward.load}
+REWARDS: dict[str, RewardSpec] = {"imagereward": imagereward.SPEC}
 
 
 class WeightedRewards:
@@ -39,33 +41,46 @@ class WeightedRewards:
 
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]):
         self.rewards, self.weights = rewards, weights
-        self.proven = set()  # names of those that have given scores and gradients as they should
+        self.validated = set()  # names of the rewards whose first gradient was valid
+        self.finite = set()  # names of those whose first scores without gradient were finite
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Each reward's own scores, (K, B) float32 at least, not weighted.
+        """The scores of each reward, (K, B) float32 at least, not weighted.
 
-        Raises `UserError` for scores of the wrong shape and, until a reward has given its first gradient, for
-        scores or gradients that are not finite and a gradient that is not there.
+        Raises `UserError` for scores of the wrong shape. Values are checked until the first valid gradient,
+        and once for scores without gradient: scores and gradients must be finite, and a gradient must exist.
         """
         return torch.stack([self._scores(name, images, prompts) for name in self.rewards])
 
+    @torch.no_grad()
+    def score(self, images: Sequence[Image.Image], prompt: str, device: torch.device) -> Tensor:
+        """The weighted sums, (B,) on the CPU, for PIL images of any size and one prompt."""
+        scores = []
+        for name, reward in self.rewards.items():
+            if hasattr(reward, "score"):
+                scores.append(torch.tensor(reward.score(prompt, images, len(images))))
+                continue
+            tensors = (to_tensor(image.convert("RGB"))[None].to(device) for image in images)
+            scores.append(torch.cat([self._scores(name, tensor, [prompt]) for tensor in tensors]).cpu())
+        return self.total(torch.stack(scores))
+
     def total(self, scores: Tensor) -> Tensor:
         """The weighted sum, (B,), of scores (K, B)."""
-        return sum(weight * own for weight, own in zip(self.weights.values(), scores, strict=True))
+        return sum(weight * score for weight, score in zip(self.weights.values(), scores, strict=True))
 
     def modules(self) -> list[nn.Module]:
-        """Those that are models: what there is to move to a device."""
+        """The rewards that are models, which can be moved to a device."""
         return [reward for reward in self.rewards.values() if isinstance(reward, nn.Module)]
 
     def features(self, images: Tensor) -> Tensor | None:
-        """Features (B, width) of length 1 by the first reward that has such a function, None if none has."""
+        """Features (B, width) of length 1 from the first reward that computes them; None if none does."""
         for reward in self.rewards.values():
             if hasattr(reward, "features"):
                 return reward.features(images)
         return None
 
     def means(self, scores: Tensor) -> dict[str, float]:
-        """Each reward's mean of scores (K, N), by name."""
+        """The mean score of each reward by name, from scores (K, N)."""
         return dict(zip(self.rewards, scores.mean(dim=1).tolist(), strict=True))
 
     def _scores(self, name: str, images: Tensor, prompts: list[str]) -> Tensor:  # (B,)
@@ -73,7 +88,7 @@ class WeightedRewards:
         scores = self.rewards[name](images, prompts)
         if images._version != version:
             raise UserError(
-                f"the reward {name} changes the images in place, and others are to see them too; let it "
+                f"the reward {name} changes the images in place, but other rewards read them too; let it "
                 "work on a copy (x = x - mean instead of x -= mean)."
             )
         if not torch.is_tensor(scores) or scores.shape != (len(prompts),):
@@ -84,23 +99,29 @@ class WeightedRewards:
                 f"the reward {name} returned {got} for {len(prompts)} images; it must return a tensor "
                 f"({len(prompts)},), one score for each."
             )
-        if name not in self.proven:
-            self._prove(name, images, scores)
+        if images.requires_grad and name not in self.validated:
+            self._check_finite(name, scores)
+            self._check_gradient(name, images, scores)
+            self.validated.add(name)
+        elif not images.requires_grad and name not in self.finite:
+            self._check_finite(name, scores)
+            self.finite.add(name)
         return scores.to(images.device, torch.promote_types(scores.dtype, torch.float32))
 
-    def _prove(self, name: str, images: Tensor, scores: Tensor) -> None:
-        """What needs to be looked at only until it was seen to be right."""
+    def _check_finite(self, name: str, scores: Tensor) -> None:
+        """Raise `UserError` for scores that are not finite. Waits for the device."""
         if not scores.isfinite().all():
             raise UserError(f"the reward {name} returned {scores.tolist()}; scores must be finite numbers.")
-        if not images.requires_grad:
-            return
+
+    def _check_gradient(self, name: str, images: Tensor, scores: Tensor) -> None:
+        """Raise `UserError` for a gradient that is missing or not finite. Waits for the device."""
         gradient = None
         if scores.requires_grad:
             (gradient,) = torch.autograd.grad(scores.sum(), images, retain_graph=True, allow_unused=True)
         if gradient is None:
             raise UserError(
-                f"the reward {name} gives no gradient: its scores must follow from the images by torch's "
-                "differentiable functions alone, without detach(), item(), numpy or torch.no_grad()."
+                f"the reward {name} gives no gradient: compute its scores from the images by torch's "
+                "differentiable functions only, without detach(), item(), numpy or torch.no_grad()."
             )
         if not gradient.isfinite().all():
             raise UserError(
@@ -108,23 +129,22 @@ class WeightedRewards:
             )
         if not gradient.any() and is_first_process():
             logging.getLogger(__name__).warning(
-                f"the reward {name} has a gradient of zero for the first images; if that goes on, it "
+                f"the reward {name} has a gradient of zero for the first images; if that continues, it "
                 "teaches nothing (round() and argmax() have no gradient)"
             )
-        self.proven.add(name)
 
 
 def diversity(features: Tensor) -> Tensor:
-    """How different the images of each prompt are: mean of 1 - cosine over all pairs, (P,), of features
+    """Diversity of the images of each prompt, (P,): the mean of 1 - cosine over all pairs of features
     (P, n, width) of length 1."""
     n = features.shape[1]
     return (1 - (features.sum(1).square().sum(1) - n) / (n * (n - 1))).clamp(min=0)
 
 
-def parse(specification: str, option: str = "--reward") -> dict[str, tuple[float, RewardLoader]]:
-    """Weight and loader of each reward that `option` names, by its name in logs. Raises `UserError`.
+def parse(specification: str, option: str = "--reward") -> dict[str, tuple[float, RewardSpec]]:
+    """Weight and specification of each reward that `option` names, by its name in logs. Raises `UserError`.
 
-    Modules are imported, also from the folder where the command was given; nothing is loaded.
+    Imports modules, also from the current folder; loads nothing.
     """
     parsed = {}
     for term in specification.split(","):
@@ -151,13 +171,26 @@ def parse(specification: str, option: str = "--reward") -> dict[str, tuple[float
         name = source.replace(":", ".")
         if name in parsed:
             raise UserError(f"{option} {specification}: {source} is named twice.")
-        parsed[name] = weight, REWARDS[source] if source in REWARDS else _loader(source, option)
+        parsed[name] = weight, REWARDS[source] if source in REWARDS else _own_spec(source, option)
     return parsed
 
 
-def parse_held_out(specification: str | None) -> dict[str, tuple[float, RewardLoader]]:
-    """The same of `--held_out_reward`, which may be None: {}."""
+def parse_held_out(specification: str | None) -> dict[str, tuple[float, RewardSpec]]:
+    """As `parse`, for `--held_out_reward`; {} for None."""
     return parse(specification, "--held_out_reward") if specification else {}
+
+
+def default_target(specification: str) -> float | None:
+    """--reward_target if none is given: that of the reward, or 2.0 for a weighted sum, whose scale is
+    unknown."""
+    specs = [spec for _, spec in parse(specification).values()]
+    return specs[0].default_target if len(specs) == 1 else 2.0
+
+
+def required_files(specification: str, folder: str | Path, held_out: str | None = None) -> dict[Path, str]:
+    """Each file that the rewards need in `folder`, and where it is published."""
+    specs = [spec for _, spec in (parse(specification) | parse_held_out(held_out)).values()]
+    return {file: source for spec in specs for file, source in spec.files(Path(folder)).items()}
 
 
 def load(
@@ -167,16 +200,21 @@ def load(
     dtype: torch.dtype,
     option: str = "--reward",
 ) -> WeightedRewards:
-    """The rewards that `option` names; `folder` and `dtype` are for those with published weights."""
+    """Load the rewards that `option` names; those with published weights read them from `folder`, in `dtype`.
+
+    Raises `UserError`, also for files that are missing.
+    """
     parsed = parse(specification, option)
+    for _, spec in parsed.values():
+        require(spec.files(Path(folder)))
     return WeightedRewards(
-        {name: loader(folder, device, dtype) for name, (_, loader) in parsed.items()},
+        {name: spec.load(Path(folder), device, dtype) for name, (_, spec) in parsed.items()},
         {name: weight for name, (weight, _) in parsed.items()},
     )
 
 
-def _loader(source: str, option: str) -> RewardLoader:
-    """Loader of a person's own reward, `module:function`."""
+def _own_spec(source: str, option: str) -> RewardSpec:
+    """Specification of a user's own reward, `module:function`."""
     module, _, function = source.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -200,12 +238,12 @@ def _loader(source: str, option: str) -> RewardLoader:
         try:
             inspect.signature(found).bind()
         except TypeError as error:
-            raise UserError(f"{option} {source}: the class is made without arguments ({error}).") from error
+            raise UserError(f"{option} {source}: the class must take no arguments ({error}).") from error
         if not any("__call__" in vars(base) for base in found.__mro__):
             raise UserError(f"{option} {source}: the class has no __call__(images, prompts).")
 
-    def load_own(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Reward:
+    def load_own(folder: Path, device: torch.device, dtype: torch.dtype) -> Reward:
         reward = found() if isinstance(found, type) else found
         return reward.to(device).requires_grad_(False).eval() if isinstance(reward, nn.Module) else reward
 
-    return load_own
+    return RewardSpec(load_own)

@@ -1,13 +1,13 @@
-"""Scores of image files from the shell: python -m refl score "a red fox" *.png"""
+"""Score image files for a prompt: python -m refl score "a red fox" *.png"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from refl.preflight import doctor
-from refl.reward import imagereward
+from refl.reward import rewards
 from refl.system import devices
 from refl.system.errors import UserError
+from refl.system.images import read_image
 
 import torch
 import tyro
@@ -18,7 +18,7 @@ MEMORY_ADVICE = "Try a lower --batch_size, another GPU, or --device cpu."
 
 @dataclass
 class Options:
-    """Score images for a prompt, best first."""
+    """Score images for a prompt and list them, best first."""
 
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """What the images should show."""
@@ -26,6 +26,8 @@ class Options:
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...", help_behavior_hint="")
     ]
     """Image files."""
+    reward: str = "imagereward"
+    """The reward, as in training: one or a weighted sum."""
     reward_path: str = "checkpoint"
     """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
     device: str | None = None
@@ -34,9 +36,8 @@ class Options:
     """Images scored at once."""
 
 
-@torch.no_grad()
 def main() -> None:
-    """A table of the images named on the command line."""
+    """Print a table of the images named on the command line."""
     options = tyro.cli(Options, prog="python -m refl score", use_underscores=True)
     if not options.images:
         raise UserError("name one image or more, after the prompt.")
@@ -44,27 +45,23 @@ def main() -> None:
         raise UserError(f"--batch_size {options.batch_size}: must be 1 or more.")
     if missing := [path for path in options.images if not Path(path).is_file()]:
         raise UserError(f"no such image: {', '.join(missing)}.")
-    doctor.check_reward(options.reward_path)
-    scorer = imagereward.load(options.reward_path, devices.find(options.device))
+    device = devices.find(options.device)
+    scorers = rewards.load(options.reward, options.reward_path, device, torch.float32)
 
     scored, unreadable = [], []
-    with tqdm(total=len(options.images), desc="scoring", unit="image", leave=False, delay=2) as bar:
-        for start in range(0, len(options.images), options.batch_size):
-            readable, pixels = [], []
-            for path in options.images[start : start + options.batch_size]:
-                try:
-                    pixels.append(imagereward.preprocess_pil(path, scorer.image_size))
-                    readable.append(path)
-                except UserError as error:
-                    unreadable.append(str(error))
-                bar.update()
-            if readable:
-                scores = scorer.score_pixels(
-                    torch.cat(pixels).to(scorer.device), [options.prompt] * len(pixels)
-                )
-                scored += zip(scores.tolist(), readable, strict=True)
+    starts = range(0, len(options.images), options.batch_size)
+    for start in tqdm(starts, "scoring", unit="batch", leave=False, delay=2):
+        paths, images = [], []
+        for path in options.images[start : start + options.batch_size]:
+            try:
+                images.append(read_image(path))
+                paths.append(path)
+            except UserError as error:
+                unreadable.append(str(error))
+        if images:
+            scored += zip(scorers.score(images, options.prompt, device).tolist(), paths, strict=True)
     print("rank   score  image")
-    for place, (score, path) in enumerate(sorted(scored, key=lambda pair: -pair[0]), 1):
-        print(f"{place:4}  {score:+.3f}  {path}")
+    for rank, (score, path) in enumerate(sorted(scored, key=lambda pair: -pair[0]), 1):
+        print(f"{rank:4}  {score:+.3f}  {path}")
     if unreadable:
         raise UserError(" ".join(unreadable))

@@ -1,4 +1,4 @@
-"""Files that are written whole, or not at all."""
+"""Write files atomically, fingerprint them, and check folders and files before a run."""
 
 import hashlib
 import os
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from refl.system.errors import UserError
 
-SAMPLES, SAMPLE_SIZE = 64, 4096  # of a large file, bytes
+SAMPLES, SAMPLE_SIZE = 64, 4096  # number of samples of a file, and bytes of each
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
-    """Write `content` beside `path`, wait until it is on the disk, then put it in the place of `path`."""
+    """Write a file atomically: beside `path`, synced to the disk, then renamed."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     write_synced(partial, content.encode() if isinstance(content, str) else content)
@@ -21,7 +21,7 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and sync it to the disk."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -29,8 +29,8 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """SHA-256 of names, sizes and, for large files, samples: enough to tell trained weights from others
-    without reading gigabytes. Raises `OSError`."""
+    """SHA-256 of the names, sizes and samples of files: tells trained weights apart without reading
+    gigabytes. Raises `OSError`."""
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
@@ -43,7 +43,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Sync the names in a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,11 +51,26 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def require(files: dict[Path, str]) -> None:
+    """Raise `UserError` that names all missing files at once, each with its source on the Hugging Face
+    Hub."""
+    missing = [
+        f"  {path}  (on the Hugging Face Hub: {source})"
+        for path, source in files.items()
+        if not path.exists()
+    ]
+    if missing:
+        raise UserError("weights are missing:\n" + "\n".join(missing) + "\nSee checkpoint/README.md.")
+
+
 def check_output_folder(folder: str | Path) -> Path:
-    """`folder` exists or can be made, and a file can be written in it; returns what there is of it."""
+    """Check that `folder` can be created and written to; return its nearest ancestor that exists, or itself.
+
+    Raises `UserError`.
+    """
     folder = Path(folder)
     if "\0" in str(folder):
-        raise UserError(f"{str(folder)!r} cannot be used for output: a name has no null in it.")
+        raise UserError(f"{str(folder)!r} cannot be used for output: it contains a null character.")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise UserError(f"{folder} cannot be used for output: {existing} is not a folder.")
@@ -65,6 +80,3 @@ def check_output_folder(folder: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror} ({existing}).") from error
     return existing
-
-
-# -------------------------------------------------------------------------------------------- checks of a run

@@ -1,8 +1,10 @@
 """Convert between tensors and PIL images; save PNG files atomically."""
 
 import io
+from os import PathLike
 from pathlib import Path
 
+from refl.system.errors import UserError
 from refl.system.files import write_whole
 
 import numpy as np
@@ -21,6 +23,17 @@ def to_pil(image: Tensor) -> Image.Image:
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def read_image(path: str | PathLike) -> Image.Image:
+    """Read an image file; raises `UserError` for one that is missing, damaged or something else."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "not an image that can be read"
+        raise UserError(f"{path}: {reason}.") from error
 
 
 def save_image(image: Image.Image, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`accelerate launch` that ends with the script's own exit code and shows no traceback of its own.
+"""`accelerate launch` with the exit code of the script and without a traceback of the launcher.
 
 python -m refl launch --multi_gpu --num_processes 2 refl_lora.py ...
 """
@@ -8,18 +8,24 @@ import os
 import signal
 import sys
 
-# Seconds that processes get, once told to stop, to finish their step and save it.
+# Seconds in which processes that are told to stop finish their step and save it.
 os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
 
 from accelerate.commands import launch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+# What a signal that ended a process means here.
+REASONS = {
+    "SIGKILL": "which is what happens when the machine's memory runs out",
+    "SIGABRT": "which is how NCCL ends a process that lost another one; the same command resumes the run",
+}
+
 
 def main() -> None:
-    """Launch; what went wrong was said by the process in which it did, unless that was killed."""
-    logging.disable()  # what matters is said by the processes
-    # The launcher passes SIGTERM and SIGINT on to its processes; SLURM's warning before its time limit too.
+    """Launch the script; only the end of a process by a signal is reported here."""
+    logging.disable()  # the processes report what matters
+    # The launcher passes SIGTERM and SIGINT on to its processes. SLURM warns by SIGUSR1 before a time limit.
     signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         launch.main()
@@ -27,8 +33,8 @@ def main() -> None:
         sys.exit(128 + stopped.sigval)
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
-        if first.exitcode < 0:
-            name = signal.Signals(-first.exitcode).name
-            reason = ", which is what happens when the machine's memory runs out" if name == "SIGKILL" else ""
-            sys.exit(f"error: process {rank} was ended by {name}{reason}. The others were stopped.")
-        sys.exit(first.exitcode)
+        if first.exitcode >= 0:
+            sys.exit(first.exitcode)
+        name = signal.Signals(-first.exitcode).name
+        reason = f", {REASONS[name]}" if name in REASONS else ""
+        sys.exit(f"error: process {rank} was ended by {name}{reason}. The others were stopped.")
