@@ -60,7 +60,7 @@ from refl.system.prompts import prompt_index, read_prompts
 from refl.system.signals import Stopped, StopSignals
 from refl.train import progress as progress_module
 from refl.train.captioned import read_captioned, read_square
-from refl.train.guard import Guard, Seen
+from refl.train.guard import Guard, ValidationMeans
 from refl.train.options import Options, read_options, to_save, what_decides
 from refl.train.progress import Progress, pack_optimizer, pack_state, unpack_optimizer
 
@@ -731,8 +731,8 @@ def main() -> None:
         if options.early_stop:
             held_out = models.held_out and by_prompt(models.held_out.total(found.held_out))
             diversity = None if found.diversity is None else found.diversity.tolist()
-            is_best = guard.look(
-                Seen(step, by_prompt(total), by_prompt(found.saturated), held_out, diversity)
+            is_best = guard.update(
+                ValidationMeans(step, by_prompt(total), by_prompt(found.saturated), held_out, diversity)
             )
             progress.guard = guard.state()
             if is_best and accelerator.is_main_process:

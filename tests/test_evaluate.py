@@ -18,7 +18,7 @@ from refl.model import drawing
 from refl.model.lora import LORA_FILE, add_lora
 from refl.model.pipeline import generate, load_lora, load_pipeline
 from refl.model.stable_diffusion import load_stable_diffusion
-from refl.report import statistics
+from refl.report import page, statistics
 from refl.system.errors import UserError
 
 import numpy as np
@@ -70,8 +70,15 @@ def test_intervals_of_what_does_not_vary():
 def test_intervals_do_not_depend_on_memory(monkeypatch):
     values = np.random.default_rng(5).normal(size=(30, 2))
     whole = statistics.bootstrap(values)
-    monkeypatch.setattr(statistics, "MAX_COUNTS", 100)
+    monkeypatch.setattr(statistics, "MAX_VALUES", 100)
     np.testing.assert_allclose(statistics.bootstrap(values), whole, atol=0.03)
+
+
+def test_all_columns_are_resampled_together():
+    column = np.random.default_rng(6).normal(size=40)
+    one, three_times, shifted = statistics.bootstrap(np.stack([column, 3 * column, column + 1], 1)).T
+    np.testing.assert_allclose(three_times, 3 * one)
+    np.testing.assert_allclose(shifted, one + 1)
 
 
 def test_outcomes_count_every_pair():
@@ -455,7 +462,7 @@ def test_a_full_disk_is_said(options, world, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("refl.files.write_synced", full)
+    monkeypatch.setattr("refl.system.files.write_synced", full)
     run = [*options, "--output_dir", tmp_path, "--lora_paths", world / "lora"]
     with pytest.raises(UserError, match="No space left on device. The same command goes on from here"):
         run_in_process(evaluate, monkeypatch, *run)
