@@ -57,9 +57,9 @@ class Options(drawing.LoraOptions, drawing.ImageOptions):
     lora_paths: tuple[str, ...] = ("checkpoint/refl_lora",)
     """LoRAs for this model, files or folders; the report shows images of the first."""
     prompts: str = "data/held_out_prompts.txt"
-    """Prompts, best those outside the training set: a .txt, .json, .jsonl or .csv file."""
+    """File of prompts that were not trained on: .txt, .json, .jsonl or .csv."""
     num_prompts: int | None = None
-    """Use only the first so many prompts; None: all."""
+    """Number of prompts to use, from the first; None: all."""
     num_images_per_prompt: int = 4
     """Images of each prompt in each case."""
     seed: int = 0
@@ -88,7 +88,7 @@ def main() -> None:
     options = tyro.cli(Options, use_underscores=True)
     doctor.check_files(options)
     loras = find_loras(options.lora_paths)
-    options = drawing.settle(options, [lora.path for lora in loras])
+    options = drawing.apply_trained_settings(options, [lora.path for lora in loras])
     prompts = check(options)
     target = options.lora_scale, options.guidance_scale
     cases = find_cases(loras, *target, options.sweep_lora_scale, options.sweep_guidance)

@@ -50,11 +50,10 @@ def main() -> None:
     doctor.check_weights(options.pretrained_model_name_or_path, None)
     names = rewards.parse(options.reward)
     metadata = read_metadata(options.lora_path)
-    options = drawing.settle(options, [options.lora_path])
-    if (
-        metadata.get("reward", options.reward) != options.reward
-    ):  # a note only: a file must not name code to run
-        print(f"note: this LoRA was trained for --reward {metadata['reward']}")
+    options = drawing.apply_trained_settings(options, [options.lora_path])
+    trained_for = metadata.get("reward", options.reward)
+    if trained_for != options.reward:  # not used instead: a file must not name code to run
+        print(f"note: this LoRA was trained for --reward {trained_for}")
     prompts = drawing.check(options)
 
     # ---- models

@@ -309,7 +309,7 @@ def test_captions_are_read_from_either_kind_of_file(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / "1.txt").unlink(), "no caption. Put it into .*1.txt"),
+        (lambda f: (f / "1.txt").unlink(), "missing caption. Write it to .*1.txt"),
         (
             lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png"}'),
             "metadata.jsonl, line 1: expected",
@@ -317,10 +317,10 @@ def test_captions_are_read_from_either_kind_of_file(folder):
         (lambda f: (f / "metadata.jsonl").write_text("[]"), "metadata.jsonl, line 1: expected"),
         (
             lambda f: (f / "metadata.jsonl").write_text('\n{"file_name": "9.png", "text": "a"}'),
-            "no image .*9.png",
+            "no such image: .*9.png",
         ),
-        (lambda f: [file.unlink() for file in f.iterdir()], "no image in it"),
-        (lambda f: (f / "0.png").write_bytes(b"no image"), "0.png: not an image that can be read"),
+        (lambda f: [file.unlink() for file in f.iterdir()], "no image in this folder"),
+        (lambda f: (f / "0.png").write_bytes(b"no image"), "0.png: not a readable image"),
     ],
 )
 def test_mistakes_in_a_folder_of_images_are_named(folder, training_options, monkeypatch, change, message):
@@ -329,7 +329,7 @@ def test_mistakes_in_a_folder_of_images_are_named(folder, training_options, monk
         run_in_process(refl_lora, monkeypatch, *training_options, "--pretrain_data", folder)
 
 
-def test_a_image_is_cut_to_its_middle(folder):
+def test_images_are_cropped_to_their_centre(folder):
     square = captioned.read_square(folder / "0.png", 64)
     exact = torch.from_numpy(np.array(Image.open(folder / "0.png"))).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(square, exact, rtol=0, atol=1e-6)
