@@ -195,11 +195,9 @@ def gather(study: str, evaluations: dict[str, dict], loras: Sequence[Path]) -> S
         for path in loras:
             run, seed, step = identify(study, path)
             for case in cases[sha256((path / LORA).read_bytes()).hexdigest()]:
-                means = means_of(case)
-                if step is None:
-                    means |= {"step": case["step"], "ended": max(map(step_of, path.glob("checkpoint-*")))}
                 uncond = "" if case["guidance_scale"] == 1 else "base" if name else "LoRA"
-                scores[Setting(run, case["guidance_scale"], uncond, step)][seed] = means
+                steps = {"step": case["step"], "ended": last_step(path)} if step is None else {}
+                scores[Setting(run, case["guidance_scale"], uncond, step)][seed] = means_of(case) | steps
     order = [BASE, *STUDIES[study]]
     return dict(sorted(scores.items(), key=lambda item: (order.index(item[0].run), item[0].step or 0)))
 
@@ -220,6 +218,11 @@ def identify(study: str, lora: Path) -> tuple[str, int, int | None]:
 def step_of(checkpoint: Path) -> int:
     """Step in the name of a checkpoint."""
     return int(checkpoint.name.partition("-")[2])
+
+
+def last_step(run: Path) -> int:
+    """Step of the last checkpoint of a run."""
+    return max(map(step_of, run.glob("checkpoint-*")))
 
 
 def read_plain(folder: Path) -> Scores:
