@@ -454,9 +454,11 @@ def test_a_lora_that_does_not_fit_is_found_before_the_drawing(
     assert not count_drawn
 
 
-def test_a_mistake_is_one_message_for_two_processes(options, tmp_path):
-    run = run_script(sys.executable, *LAUNCH, *options, "--lora_paths", "nowhere", "--output_dir", tmp_path)
-    assert run.returncode == 2 and run.stderr.count("error: ") == 1 and "Traceback" not in run.stderr
+def test_a_mistake_is_one_message_for_two_processes(options, world, tmp_path):
+    command = [sys.executable, *LAUNCH, *options, "--lora_paths", "nowhere", "--output_dir", tmp_path]
+    run = run_script(*command, PYTHONPATH=str(world))
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert run.stderr.count("error: ") == run.stderr.count("error: no LoRA at nowhere") == 1
 
 
 def test_a_full_disk_is_said(options, world, tmp_path, monkeypatch):
