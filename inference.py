@@ -1,7 +1,9 @@
-"""Images of Stable Diffusion as it is: the "before" of inference_lora.py, with the same options and seeds.
+"""Generate images with Stable Diffusion, without a LoRA: the "before" of inference_lora.py.
 
 python inference.py                                  -> result/sd14/0.png, 1.png, ...
 python inference.py --prompt "a red fox" --seed 7 --num_images_per_prompt 1
+
+Both scripts take the same options, and the same seed gives the same noise.
 """
 
 from dataclasses import dataclass
@@ -11,29 +13,30 @@ from refl.model import drawing
 from refl.model.folder import required_files
 from refl.system.errors import run_as_command
 from refl.system.files import require
-from refl.system.images import save_image
+from refl.system.images import ImageWriter
 
 import tyro
 
 
 @dataclass
 class Options(drawing.DrawingOptions):
-    """Draw images with Stable Diffusion as it is; inference_lora.py draws the same ones with a LoRA."""
+    """Generate images with Stable Diffusion; inference_lora.py generates the same ones with a LoRA."""
 
     output_dir: str = "result/sd14"
-    """Where the images go: 0.png, 1.png, ..."""
+    """Folder of the images: 0.png, 1.png, ..."""
 
 
 def main() -> None:
-    """Options, pipeline, images."""
+    """Read the options, load the pipeline, generate the images."""
     options = tyro.cli(Options, use_underscores=True)
     require(required_files(options.pretrained_model_name_or_path))
     prompts = drawing.check(options)
     pipeline = drawing.pipeline(options)
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(drawing.draw(pipeline, prompts, options, "drawing")):
-        save_image(image, output / f"{index}.png")
+    with ImageWriter() as writer:
+        for index, image in enumerate(drawing.draw(pipeline, prompts, options, "drawing")):
+            writer.write(image, output / f"{index}.png")
     print(f"{len(prompts) * options.num_images_per_prompt} images in {output}")
 
 

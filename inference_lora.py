@@ -1,4 +1,4 @@
-"""Images of Stable Diffusion with a LoRA, and beside them those without it, from the same noise.
+"""Generate images with a LoRA, and from the same noise without it, side by side with their rewards.
 
 python inference_lora.py     -> result/refl_lora/0.png, 1.png, ..., grid.png (before and after), rewards.json
 python inference_lora.py --lora_path other.safetensors --lora_scale 0.8 --prompt "a red fox"
@@ -16,44 +16,44 @@ from refl.report.sheets import pairs
 from refl.reward import rewards
 from refl.system.errors import UserError, run_as_command
 from refl.system.files import require, write_whole
-from refl.system.images import save_image, to_tensor
+from refl.system.images import ImageWriter, save_image, to_tensor
 
 import torch
 import tyro
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-PAIRS_A_ROW, MAX_PAIRS = 5, 40  # of grid.png
+PAIRS_PER_ROW, MAX_PAIRS = 5, 40  # in grid.png
 
 
 @dataclass
 class Options(drawing.LoraOptions, drawing.DrawingOptions):
-    """Draw images with a LoRA, and the same ones without it; show them side by side with their rewards."""
+    """Generate images with and without a LoRA; show them side by side with their rewards."""
 
     lora_path: str = "checkpoint/refl_lora"
-    """A LoRA for this model, file or folder: ours, diffusers' or kohya's format."""
+    """LoRA for this model, a file or a folder, in diffusers' or kohya's format."""
     compare: bool = True
-    """Draw the images without the LoRA as well, for grid.png."""
+    """Also generate the images without the LoRA, for grid.png."""
     reward: str = "imagereward"
-    """The reward shown with the images, if its weights are there: as in training, one or a weighted sum."""
+    """Reward shown with the images if its weights are available: one or a weighted sum, as in training."""
     reward_path: str = "checkpoint"
     """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
     output_dir: str = "result/refl_lora"
-    """Where the images go: 0.png, 1.png, ..., grid.png, rewards.json."""
+    """Folder of the images, 0.png, 1.png, ..., and of grid.png and rewards.json."""
 
 
 def main() -> None:
-    """Options, pipeline, images with and without the LoRA, rewards, grid."""
+    """Read the options, load the models, generate images with and without the LoRA, score and show them."""
     # ---- options
     options = tyro.cli(Options, use_underscores=True)
     require(required_files(options.pretrained_model_name_or_path))
     rewards.parse(options.reward)  # raises for a wrong name
     metadata = read_metadata(options.lora_path)
-    options = drawing.settle(options, [options.lora_path])
-    if (
-        metadata.get("reward", options.reward) != options.reward
-    ):  # shown only: a file must not name code to run
-        print(f"note: this LoRA was trained for --reward {metadata['reward']}")
+    options = drawing.apply_trained_settings(options, [options.lora_path])
+    trained_for = metadata.get("reward", options.reward)
+    if trained_for != options.reward:  # not used instead: a file must not name code to run
+        print(f"note: this LoRA was trained for --reward {trained_for}")
     prompts = drawing.check(options)
 
     # ---- models
@@ -65,60 +65,92 @@ def main() -> None:
     except UserError as error:
         print(f"no rewards shown: {error}")
 
-    # ---- images: after, then before; those of the grid are kept
+    # ---- images: after, then before, without the LoRA
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    kept, scores = {"before": [], "after": []}, {"before": [], "after": []}
-    wanted = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
-    for side in ("after", "before") if options.compare else ("after",):
+    prompt_of_image = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
+    sides = ("before", "after") if options.compare else ("after",)
+    images, scores = {"before": [], "after": []}, dict.fromkeys(sides)
+    for side in reversed(sides):
         if side == "before":
             pipeline.disable_lora()
-        drawn = drawing.draw(pipeline, prompts, options, f"drawing {side}")
-        for index, (image, prompt) in enumerate(zip(drawn, wanted, strict=True)):
-            if side == "after":
-                save_image(image, output / f"{index}.png")
-            if scorers:
-                try:
-                    scores[side].append(score(scorers, image, prompt, pipeline.device))
-                except UserError as error:
-                    print(f"no rewards shown: {error}")
-                    scorers = None
-            if index < MAX_PAIRS:
-                kept[side].append(image)
-    print(f"{len(wanted)} images in {output}")
+        images[side], scores[side] = generate(side, pipeline, prompts, options, scorers)
+        if scores[side] is None:
+            scorers = None
+    print(f"{len(prompt_of_image)} images in {output}")
 
     # ---- rewards
-    scores = {side: torch.stack(found, dim=1) for side, found in scores.items() if found and scorers}
-    totals = {side: scorers.total(found).tolist() for side, found in scores.items()}
-    if scores:
-        means = {side: sum(total) / len(wanted) for side, total in totals.items()}
-        print(f"{options.reward}: " + ", ".join(f"{side} {mean:+.3f}" for side, mean in means.items()))
-        each = {side: scorers.means(found) for side, found in scores.items()}
-        images = [
-            {"file": f"{index}.png", "prompt": prompt, "seed": options.seed + index}
-            | {side: total[index] for side, total in totals.items()}
-            for index, prompt in enumerate(wanted)
-        ]
-        report = {"reward": options.reward, "mean": means, "mean_of_each": each, "images": images}
+    totals = {}
+    if scorers:
+        totals = {side: scorers.total(each).tolist() for side, each in scores.items()}
+        report = summarise(scorers, scores, totals, prompt_of_image, options)
+        means = ", ".join(f"{side} {mean:+.3f}" for side, mean in report["mean"].items())
+        print(f"{options.reward}: {means}")
         write_whole(output / "rewards.json", json.dumps(report, indent=2) + "\n")
 
     # ---- grid: before above after
     if options.compare:
         captions = {
             side: [
-                f"{side}  " + (f"{totals[side][index]:+.2f}  " if totals else "") + wanted[index]
-                for index in range(len(images))
+                f"{side}  " + (f"{totals[side][index]:+.2f}  " if totals else "") + prompt_of_image[index]
+                for index in range(len(images[side]))
             ]
-            for side, images in kept.items()
+            for side in images
         }
-        save_image(pairs(kept, captions, PAIRS_A_ROW), output / "grid.png")
+        save_image(pairs(images, captions, PAIRS_PER_ROW), output / "grid.png")
         print(f"before and after: {output / 'grid.png'}")
 
 
+def generate(
+    side: str, pipeline: StableDiffusionPipeline, prompts: list[str], options: Options,
+    scorers: rewards.WeightedRewards | None,
+) -> tuple[list[Image.Image], Tensor | None]:  # fmt: skip
+    """Generate all images of one side; save those of "after".
+
+    Returns the first `MAX_PAIRS` images, and the scores of all (K, N); None without a working reward.
+    """
+    images, scores = [], []
+    prompt_of_image = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
+    drawn = drawing.draw(pipeline, prompts, options, f"drawing {side}")
+    with ImageWriter() as writer:
+        for index, (image, prompt) in enumerate(zip(drawn, prompt_of_image, strict=True)):
+            if side == "after":
+                writer.write(image, Path(options.output_dir, f"{index}.png"))
+            if index < MAX_PAIRS:
+                images.append(image)
+            if scorers:
+                scores.append(score(scorers, image, prompt, pipeline.device))
+                scorers = None if scores[-1] is None else scorers
+    return images, torch.stack(scores, dim=1) if scorers else None
+
+
 @torch.no_grad()
-def score(scorers: rewards.WeightedRewards, image: Image.Image, prompt: str, device: torch.device) -> Tensor:
-    """Each reward's score of one image for its prompt, (K,)."""
-    return scorers(to_tensor(image)[None].to(device), [prompt])[:, 0].cpu()
+def score(
+    scorers: rewards.WeightedRewards, image: Image.Image, prompt: str, device: torch.device
+) -> Tensor | None:
+    """Each reward's score of one image for its prompt, (K,); None, with a message, if a reward fails."""
+    try:
+        return scorers(to_tensor(image)[None].to(device), [prompt])[:, 0].cpu()
+    except UserError as error:
+        print(f"no rewards shown: {error}")
+        return None
+
+
+def summarise(
+    scorers: rewards.WeightedRewards, scores: dict[str, Tensor], totals: dict[str, list[float]],
+    prompt_of_image: list[str], options: Options,
+) -> dict:  # fmt: skip
+    """Content of rewards.json: mean rewards by side, and the rewards of each image."""
+    return {
+        "reward": options.reward,
+        "mean": {side: sum(total) / len(total) for side, total in totals.items()},
+        "mean_of_each": {side: scorers.means(each) for side, each in scores.items()},
+        "images": [
+            {"file": f"{index}.png", "prompt": prompt, "seed": options.seed + index}
+            | {side: total[index] for side, total in totals.items()}
+            for index, prompt in enumerate(prompt_of_image)
+        ],
+    }
 
 
 if __name__ == "__main__":

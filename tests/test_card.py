@@ -149,7 +149,7 @@ def test_an_evaluation_stays_with_its_lora(folder, evaluation):
 def test_a_damaged_evaluation(folder, evaluation, damage):
     (evaluation / "evaluation.json").write_text(damage)
     before = read(folder)
-    with pytest.raises(UserError, match="--evaluation .*no evaluation.json there"):
+    with pytest.raises(UserError, match="--evaluation .*no readable evaluation.json"):
         card.write(folder, evaluation)
     assert read(folder) == before and not (folder / "evaluation.json").exists()
     (folder / "evaluation.json").write_text(damage)  # kept, and damaged since

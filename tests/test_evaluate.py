@@ -19,6 +19,7 @@ from refl.model.lora import LORA_FILE, add_lora
 from refl.model.pipeline import generate, load_lora, load_pipeline
 from refl.model.stable_diffusion import load_stable_diffusion
 from refl.report import page, statistics
+from refl.report.cases import find_loras, image_seed
 from refl.system.errors import UserError
 
 import numpy as np
@@ -70,8 +71,15 @@ def test_intervals_of_what_does_not_vary():
 def test_intervals_do_not_depend_on_memory(monkeypatch):
     values = np.random.default_rng(5).normal(size=(30, 2))
     whole = statistics.bootstrap(values)
-    monkeypatch.setattr(statistics, "MAX_COUNTS", 100)
+    monkeypatch.setattr(statistics, "MAX_VALUES", 100)
     np.testing.assert_allclose(statistics.bootstrap(values), whole, atol=0.03)
+
+
+def test_all_columns_are_resampled_together():
+    column = np.random.default_rng(6).normal(size=40)
+    one, three_times, shifted = statistics.bootstrap(np.stack([column, 3 * column, column + 1], 1)).T
+    np.testing.assert_allclose(three_times, 3 * one)
+    np.testing.assert_allclose(shifted, one + 1)
 
 
 def test_outcomes_count_every_pair():
@@ -80,8 +88,8 @@ def test_outcomes_count_every_pair():
 
 
 def test_seeds_are_all_different():
-    seeds = {evaluate.image_seed(s, i, j) for s in range(3) for i in range(20) for j in range(10)}
-    assert len(seeds) == 600 and evaluate.image_seed(0, 3, 1) == evaluate.image_seed(0, 3, 1)
+    seeds = {image_seed(s, i, j) for s in range(3) for i in range(20) for j in range(10)}
+    assert len(seeds) == 600 and image_seed(0, 3, 1) == image_seed(0, 3, 1)
 
 
 # ------------------------------------------------------------------------------------------------- the script
@@ -171,7 +179,7 @@ def test_what_is_written(options, world, tiny, tmp_path, monkeypatch, capsys):
         assert len(list(folder.iterdir())) == 6
         pipeline = load_pipeline(tiny / "stable-diffusion-v1-4", "pndm", torch.float32, "cpu")
         load_lora(pipeline, lora, 1.0)
-        drawn = generate(pipeline, ["a blue dog"], [evaluate.image_seed(0, 1, 1)], 2, 2.0)[0]
+        drawn = generate(pipeline, ["a blue dog"], [image_seed(0, 1, 1)], 2, 2.0)[0]
         saved = np.asarray(Image.open(folder / "1_1.png"), int)
         assert abs(saved - (drawn * 255).round().permute(1, 2, 0).numpy()).max() <= 1
 
@@ -268,7 +276,7 @@ def test_what_is_there_is_not_drawn_again(options, world, tmp_path, monkeypatch,
 
     # Anything else is another evaluation.
     with pytest.raises(
-        UserError, match="--sampler was pndm, is now ddim; --seed was 0, is now 1. Take another"
+        UserError, match="--sampler was pndm, is now ddim; --seed was 0, is now 1. Choose another"
     ):
         run_in_process(evaluate, monkeypatch, *run, "--sampler", "ddim", "--seed", "1")
     (tmp_path / "other.txt").write_text("a red cat\na blue dot\n")
@@ -295,14 +303,14 @@ def test_weights_are_known_by_content(options, tiny, world, tmp_path, monkeypatc
     name = max(tensors, key=lambda name: tensors[name].numel())
     tensors[name] *= 1.5
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="the model's files was .*Take another --output_dir"):
+    with pytest.raises(UserError, match="the model's files was .*Choose another --output_dir"):
         run_in_process(evaluate, monkeypatch, *run)
 
-    [lora] = evaluate.find_loras([str(world / "lora")])
+    [lora] = find_loras([str(world / "lora")])
     pipeline = SimpleNamespace(get_list_adapters=dict)
     monkeypatch.setattr(evaluate, "unload_lora", lambda pipeline: None)
-    with pytest.raises(UserError, match="has been changed since"):
-        evaluate.put_in(pipeline, replace(lora, digest="0"), 1.0, evaluate.Options())
+    with pytest.raises(UserError, match="has changed since"):
+        evaluate.set_lora(pipeline, replace(lora, digest="0"), 1.0, True)
 
 
 def test_each_training_has_a_curve_of_its_own():
@@ -361,10 +369,10 @@ def test_without_features_or_pairs_there_is_no_diversity(options, world, tmp_pat
     run = [*options, "--lora_paths", world / "lora"]
     own = ["--reward", "held_out:red", "--held_out_reward", "None", "--reward_path", tmp_path / "nowhere"]
     run_in_process(evaluate, monkeypatch, *run, *own, "--output_dir", tmp_path / "own")
-    assert "no diversity: no reward has features" in capsys.readouterr().out
+    assert "no diversity: no reward has image features" in capsys.readouterr().out
     one = ["--num_images_per_prompt", "1", "--num_prompts", "1"]
     run_in_process(evaluate, monkeypatch, *run, *one, "--output_dir", tmp_path / "one")
-    assert "no diversity: it takes --num_images_per_prompt 2" in capsys.readouterr().out
+    assert "no diversity: --num_images_per_prompt must be 2" in capsys.readouterr().out
     found = json.loads((tmp_path / "one" / "evaluation.json").read_text())
     assert found["measures"] == ["reward", "held_out.red", "saturated"]
 
@@ -375,9 +383,9 @@ def test_names_are_short_and_no_lora_counts_twice(world, tiny, tmp_path, capsys)
     make_lora(tiny, folder / "base", 2, about=2)
     (folder / "same.safetensors").write_bytes((folder / LORA_FILE).read_bytes())
     paths = [str(folder), str(folder / "base" / LORA_FILE), str(folder / "same.safetensors")]
-    assert [lora.name for lora in evaluate.find_loras(paths)] == ["run", "run/base"]
+    assert [lora.name for lora in find_loras(paths)] == ["run", "run/base"]
     assert "same.safetensors is the same LoRA as" in capsys.readouterr().out
-    assert [lora.name for lora in evaluate.find_loras(paths[1:2])] == ["LoRA base"]
+    assert [lora.name for lora in find_loras(paths[1:2])] == ["LoRA base"]
 
 
 def test_as_trained_is_one_way(options, world, tiny, tmp_path, monkeypatch):
@@ -446,16 +454,18 @@ def test_a_lora_that_does_not_fit_is_found_before_the_drawing(
     assert not count_drawn
 
 
-def test_a_mistake_is_one_message_for_two_processes(options, tmp_path):
-    run = run_script(sys.executable, *LAUNCH, *options, "--lora_paths", "nowhere", "--output_dir", tmp_path)
-    assert run.returncode == 2 and run.stderr.count("error: ") == 1 and "Traceback" not in run.stderr
+def test_a_mistake_is_one_message_for_two_processes(options, world, tmp_path):
+    command = [sys.executable, *LAUNCH, *options, "--lora_paths", "nowhere", "--output_dir", tmp_path]
+    run = run_script(*command, PYTHONPATH=str(world))
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert run.stderr.count("error: ") == run.stderr.count("error: no LoRA at nowhere") == 1
 
 
 def test_a_full_disk_is_said(options, world, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("refl.files.write_synced", full)
+    monkeypatch.setattr("refl.system.files.write_synced", full)
     run = [*options, "--output_dir", tmp_path, "--lora_paths", world / "lora"]
-    with pytest.raises(UserError, match="No space left on device. The same command goes on from here"):
+    with pytest.raises(UserError, match="No space left on device. The same command resumes from here"):
         run_in_process(evaluate, monkeypatch, *run)

@@ -1,4 +1,4 @@
-"""Against over-optimising the reward: when the guard stops, the best LoRA, regularisers, pretraining."""
+"""Over-optimisation: when the guard stops training, the best LoRA, regularisers, pretraining images."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from refl.reward import rewards
 from refl.system import checkpoints
 from refl.system.errors import UserError
 from refl.train import captioned
-from refl.train.guard import Guard, Seen, is_lower, t_quantile
+from refl.train.guard import Guard, ValidationMeans, is_lower
 from refl.train.models import Models
 from refl.train.validation import Validator
 
@@ -27,11 +27,12 @@ RNG = np.random.default_rng(0)
 NOISE = RNG.normal(0, 1, 64)  # of the images: the same at each validation
 
 
-def seen(step, reward, held_out=0.0, saturated=0.1, diversity=1.0, spread=0.1) -> Seen:
-    """A validation of 64 images of 32 prompts with these means, and a spread from one to the next."""
-    own = [NOISE + RNG.normal(mean, spread, 64) for mean in (reward, held_out)]
+def means(step, reward, held_out=0.0, saturated=0.1, diversity=1.0, spread=0.1) -> ValidationMeans:
+    """A validation of 64 images with these means; `spread` is the standard deviation between validations."""
+    scores = [NOISE + RNG.normal(mean, spread, 64) for mean in (reward, held_out)]
     saturated = np.abs(RNG.normal(saturated, spread / 10, 64))
-    return Seen(step, list(own[0]), list(saturated), list(own[1]), list(RNG.normal(diversity, spread, 32)))
+    diversity = RNG.normal(diversity, spread, 32)
+    return ValidationMeans(step, *map(list, (scores[0], saturated, scores[1], diversity)))
 
 
 # ------------------------------------------------------------------------------------------------- the guard
@@ -40,67 +41,74 @@ def seen(step, reward, held_out=0.0, saturated=0.1, diversity=1.0, spread=0.1) -
 @pytest.mark.parametrize(
     ("last", "reason"),
     [
-        (seen(30, 0.8, held_out=0.1), "the held-out reward fell"),
-        (seen(30, 0.8, held_out=0.6, diversity=0.1), "diversity fell to 1.%"),
-        (seen(30, 0.8, held_out=0.6, saturated=0.4), "saturated colours rose from 10% to 40%"),
-        (seen(30, 0.8, held_out=0.1, diversity=0.1), "the held-out reward fell .* and diversity fell"),
-        (seen(30, 0.8, held_out=0.6), None),  # better in everything
+        (means(30, 0.8, held_out=0.1), "the held-out reward fell"),
+        (means(30, 0.8, held_out=0.6, diversity=0.1), "diversity fell to 1.%"),
+        (means(30, 0.8, held_out=0.6, saturated=0.4), "saturated colours rose from 10% to 40%"),
+        (means(30, 0.8, held_out=0.1, diversity=0.1), "the held-out reward fell .* and diversity fell"),
+        (means(30, 0.8, held_out=0.6), None),  # better in everything
         (
-            seen(30, 0.8, held_out=0.49, diversity=0.7, saturated=0.12),
+            means(30, 0.8, held_out=0.49, diversity=0.7, saturated=0.12),
             None,
-        ),  # no more than chance or tolerance
-        (seen(30, 0.1, held_out=0.1), None),  # the reward fell as well: nothing is hacked
+        ),  # within chance or tolerance
+        (means(30, 0.1, held_out=0.1), None),  # the reward fell as well: no over-optimisation
     ],
 )
 def test_it_stops_when_the_reward_rises_and_something_else_gets_worse(last, reason):
     guard = Guard()
-    for validation in (seen(0, 0), seen(10, 0.3, 0.3), seen(20, 0.5, 0.5)):
-        assert guard.look(validation) and guard.reason is None
+    for validation in (means(0, 0), means(10, 0.3, 0.3), means(20, 0.5, 0.5)):
+        assert guard.update(validation) and guard.reason is None
     assert guard.best.step == 20
-    is_best = guard.look(last)
+    is_best = guard.update(last)
     assert is_best == (reason is None and np.mean(last.held_out) > np.mean(guard.base.held_out) + 0.5)
     assert guard.best.step == (30 if is_best else 20)
     assert guard.reason is None  # once may be chance
-    guard.look(replace(last, step=40))
+    guard.update(replace(last, step=40))
     assert guard.reason is None if reason is None else re.search(reason, guard.reason)
 
 
-def test_what_gets_better_again_was_chance():
+def test_one_bad_validation_is_forgiven():
     guard = Guard()
-    for validation in (seen(0, 0), seen(10, 0.3, -0.5), seen(20, 0.5, 0.5), seen(30, 0.8, -0.5)):
-        guard.look(validation)
+    for validation in (means(0, 0), means(10, 0.3, -0.5), means(20, 0.5, 0.5), means(30, 0.8, -0.5)):
+        guard.update(validation)
         assert guard.reason is None
-    guard.look(seen(40, 0.8, -0.5))
+    guard.update(means(40, 0.8, -0.5))
     assert guard.reason and guard.best.step == 20
 
 
-def test_what_is_not_finite_is_not_looked_at():
+def test_validations_that_are_not_finite_are_ignored():
     guard = Guard()
-    assert not guard.look(seen(0, math.nan)) and guard.base is None
-    guard.look(seen(10, 0))
-    assert not guard.look(seen(20, 1, math.nan)) and not guard.look(seen(30, math.inf, 1))
+    assert not guard.update(means(0, math.nan)) and guard.base is None
+    guard.update(means(10, 0))
+    assert not guard.update(means(20, 1, math.nan)) and not guard.update(means(30, math.inf, 1))
     assert guard.best.step == 10 and guard.reason is None
 
 
 @pytest.mark.parametrize(
-    ("freedom", "quantile"), [(5, 3.365), (10, 2.764), (31, 2.453), (10**6, 2.326)]
-)  # tables
-def test_students_t(freedom, quantile):
-    assert t_quantile(freedom) == pytest.approx(quantile, rel=4e-3)
+    ("freedom", "quantile"), [(1, 31.821), (5, 3.365), (10, 2.764), (31, 2.453)]
+)  # printed tables of Student's t, one-sided, 1 %
+def test_is_lower_from_the_tabulated_quantile_on(freedom, quantile):
+    spread = np.linspace(-1, 1, freedom + 1)
+    spread /= spread.std(ddof=1) / len(spread) ** 0.5  # standard error 1
+    for factor in (0.999, 1.001):
+        assert is_lower(spread - factor * quantile, np.zeros(freedom + 1)) == (factor > 1)
+
+
+def test_is_lower_of_a_constant_difference():
+    assert is_lower([0.0] * 8, [1.0] * 8) and not is_lower([1.0] * 8, [0.0] * 8)
 
 
 def test_prompts_that_differ_widely_in_diversity_do_not_hide_its_loss():
     guard, rng = Guard(), np.random.default_rng(0)
-    guard.look(replace(seen(0, 0), diversity=list(rng.exponential(0.15, 32))))
-    for step, share, is_seen in ((10, 0.5, False), (20, 0.15, False), (30, 0.15, True)):
-        last = replace(seen(step, step / 10, 1.0), diversity=list(rng.exponential(0.15 * share, 32)))
-        guard.look(last)
-        assert bool(guard.reason) == is_seen, guard.reason
+    guard.update(replace(means(0, 0), diversity=list(rng.exponential(0.15, 32))))
+    for step, share, is_stopped in ((10, 0.5, False), (20, 0.15, False), (30, 0.15, True)):
+        last = replace(means(step, step / 10, 1.0), diversity=list(rng.exponential(0.15 * share, 32)))
+        guard.update(last)
+        assert bool(guard.reason) == is_stopped, guard.reason
     assert re.search(r"diversity fell to \d+%", guard.reason)
 
 
-def test_chance_seldom_stops_it():
-    """Of 400 validations of a model that does not change, about one in a hundred is called worse."""
+def test_false_alarms_are_rare():
+    """An unchanged model is called worse in about one validation in a hundred."""
     reference = NOISE
     false_alarms = sum(is_lower(reference + RNG.normal(0, 0.5, 64), reference) for _ in range(400))
     assert 0 <= false_alarms <= 12
@@ -108,16 +116,16 @@ def test_chance_seldom_stops_it():
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, 1.0]])
-def test_what_cannot_be_compared_is_not_worse(values):
+def test_too_few_or_equal_values_are_not_lower(values):
     assert not is_lower(values, values)
 
 
-def test_its_state_goes_through_json():
+def test_state_survives_json():
     guard = Guard()
-    for validation in (seen(0, 0), seen(10, 0.3, 0.3), seen(20, 0.8, -0.5)):
-        guard.look(validation)
+    for validation in (means(0, 0), means(10, 0.3, 0.3), means(20, 0.8, -0.5)):
+        guard.update(validation)
     assert guard.worse == 1
-    guard.look(seen(30, 0.9, -0.5))
+    guard.update(means(30, 0.9, -0.5))
     assert guard.reason
     assert Guard.from_state(json.loads(json.dumps(guard.state()))) == guard
     assert Guard.from_state({}) == Guard()
@@ -301,7 +309,7 @@ def test_captions_are_read_from_either_kind_of_file(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / "1.txt").unlink(), "no caption. Put it into .*1.txt"),
+        (lambda f: (f / "1.txt").unlink(), "missing caption. Write it to .*1.txt"),
         (
             lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png"}'),
             "metadata.jsonl, line 1: expected",
@@ -309,10 +317,10 @@ def test_captions_are_read_from_either_kind_of_file(folder):
         (lambda f: (f / "metadata.jsonl").write_text("[]"), "metadata.jsonl, line 1: expected"),
         (
             lambda f: (f / "metadata.jsonl").write_text('\n{"file_name": "9.png", "text": "a"}'),
-            "no image .*9.png",
+            "no such image: .*9.png",
         ),
-        (lambda f: [file.unlink() for file in f.iterdir()], "no image in it"),
-        (lambda f: (f / "0.png").write_bytes(b"no image"), "0.png: not an image that can be read"),
+        (lambda f: [file.unlink() for file in f.iterdir()], "no image in this folder"),
+        (lambda f: (f / "0.png").write_bytes(b"no image"), "0.png: not a readable image"),
     ],
 )
 def test_mistakes_in_a_folder_of_images_are_named(folder, training_options, monkeypatch, change, message):
@@ -321,7 +329,7 @@ def test_mistakes_in_a_folder_of_images_are_named(folder, training_options, monk
         run_in_process(refl_lora, monkeypatch, *training_options, "--pretrain_data", folder)
 
 
-def test_a_image_is_cut_to_its_middle(folder):
+def test_images_are_cropped_to_their_centre(folder):
     square = captioned.read_square(folder / "0.png", 64)
     exact = torch.from_numpy(np.array(Image.open(folder / "0.png"))).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(square, exact, rtol=0, atol=1e-6)

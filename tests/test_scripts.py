@@ -299,7 +299,7 @@ MISTAKES = {
     "--rank 0": "--rank 0: must be 1 or more",
     "--num_inference_steps 1001 --max_stop 1000": "this model has 1000 timesteps",
     "--resolution 100": "multiples of 64 pixels, such as 64 or 128",
-    "--pretrain_data nowhere": "nowhere: there is no such folder",
+    "--pretrain_data nowhere": "nowhere: no such folder",
     "--held_out_reward imagereward": "imagereward is in --reward, so it is not held out",
     "--held_out_reward pickscore": "--held_out_reward pickscore: pickscore is not a reward",
     "--reward pickscore": "--reward pickscore: pickscore is not a reward; name imagereward or a function",

@@ -1,13 +1,12 @@
-"""What guidance, steps, learning rate, rank, stop window and the rest do in the demo world, over seeds.
+"""Ablations of ReFL in the demo world, over seeds: guidance, steps, learning rate, rank, stop window, ...
 
-python benchmarks/study/study.py guidance                 # trains, judges, writes results/guidance.*
+python benchmarks/study/study.py guidance                 # train, evaluate, write results/guidance.*
 python benchmarks/study/study.py settings steps guard regularisers --jobs 2
-python benchmarks/study/study.py guidance --judge_only    # of the trainings that are finished
+python benchmarks/study/study.py guidance --judge_only    # evaluate the finished trainings only
 
-Each training is a run of refl_lora.py with options given here; all LoRAs of a study are then judged by
-evaluate.py on the 192 held-out prompts, three noises each, the same for all, by the reward and by the oracle,
-which reads pixels and cannot be flattered. Nothing is done twice: the same command goes on where it was
-stopped.
+Each training is a run of refl_lora.py with the options given here. evaluate.py then scores all LoRAs of a
+study on the 192 held-out prompts, with the same three noises each, by the reward and by the oracle, which
+reads pixels and so cannot be over-optimised. The same command resumes; nothing is computed twice.
 """
 
 import json
@@ -25,10 +24,11 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
@@ -41,17 +41,17 @@ from refl.system.files import write_whole
 import world
 
 WORLD = "--pretrained_model_name_or_path demo/checkpoint/stable-diffusion-v1-4 --reward_path demo/checkpoint"
-# The demo's settings, but one process, which on two cores leaves room for another training.
+# The demo's settings with one process instead of two, so that two cores can run two trainings.
 DEMO = f"""{WORLD} --prompts demo/prompts/train.txt --validation_prompts demo/prompts/held_out.txt
     --num_inference_steps 20 --min_stop 8 --max_stop 17 --train_batch_size 16 --decode_batch_size 16
     --rollout_batch_size 16 --gradient_accumulation_steps 1 --rank 8 --learning_rate 2e-3
     --lr_scheduler cosine --max_train_steps 200 --validation_steps 0
     --checkpointing_steps 50 --checkpoints_total_limit 1"""
-# Too long, at a rate that does not fall, and watched.
+# Far too long, with a constant learning rate, and validated often.
 LONG = """--max_train_steps 1000 --lr_scheduler constant --checkpointing_steps 100
     --checkpoints_total_limit 10 --validation_steps 50 --num_validation_images 64
     --validation_images_per_prompt 2 --held_out_reward judge:all_right"""
-IMAGES = "result/study/images"  # of the world itself, for the loss that the model was pretrained with
+IMAGES = "result/study/images"  # drawn by the world itself, for the pretraining loss
 
 STUDIES = {
     "guidance": {
@@ -63,7 +63,7 @@ STUDIES = {
         "gradient, base uncond": "--guidance_scale 3 --guidance_in gradient --no_lora_in_uncond",
         "both, base uncond": "--guidance_scale 3 --no_lora_in_uncond",
     },
-    "settings": {  # half the batch, so that there is time for all of them
+    "settings": {  # half the demo's batch, to save time
         name: f"--train_batch_size 8 --decode_batch_size 8 --rollout_batch_size 8 {options}"
         for name, options in {
             "half the demo's batch": "",
@@ -83,7 +83,7 @@ STUDIES = {
         "held-out reward": f"{LONG} --max_train_steps 600 --early_stop",
         "no held-out reward": f"{LONG} --max_train_steps 600 --early_stop --held_out_reward None",
     },
-    "regularisers": {  # not watched, and judged half as often
+    "regularisers": {  # without validation, evaluated half as often
         name: f"""{LONG} --max_train_steps 600 --checkpointing_steps 200 --validation_steps 0
             --held_out_reward None {options}"""
         for name, options in {
@@ -93,38 +93,49 @@ STUDIES = {
         }.items()
     },
 }
-# How they are judged. Each is an evaluation of all LoRAs of the study.
-JUDGED = {name: {"": "--guidance_scale 1 --num_images_per_prompt 3"} for name in STUDIES}
-JUDGED["guidance"] = {
+# Options of the evaluations of each study, by name; each evaluates all LoRAs of the study.
+EVALUATIONS = {name: {"": "--guidance_scale 1 --num_images_per_prompt 3"} for name in STUDIES}
+EVALUATIONS["guidance"] = {
     "": "--sweep_guidance 1,3 --num_images_per_prompt 2",
     "base uncond": "--guidance_scale 3 --no_lora_in_uncond --num_images_per_prompt 2",
 }
 LORA = "pytorch_lora_weights.safetensors"
-Found = dict[tuple[str, float, str, int | None], dict[int, dict[str, float]]]
 BASE = "base model"
 MEASURES = {"judge.all_right": "fully right", "reward": "reward", "diversity": "diversity"}
 
 
+class Setting(NamedTuple):
+    """Row of a study's table."""
+
+    run: str
+    guidance: float
+    uncond: str  # model of guidance's prediction for the empty prompt: "LoRA" or "base"; "" without guidance
+    step: int | None
+
+
+Scores = dict[Setting, dict[int, dict[str, float]]]  # by setting and seed: mean of each measure
+
+
 @dataclass
 class Options:
-    """Train and judge in the demo world, over several seeds."""
+    """Train and evaluate in the demo world, over several seeds."""
 
     studies: tyro.conf.Positional[tuple[Literal[tuple(STUDIES)], ...]]
-    """Which; all, if none is named."""
+    """Studies to run; default: all."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the trainings."""
+    """Seeds of the trainings."""
     jobs: int = 1
-    """Trainings at a time."""
+    """Number of trainings at a time."""
     judge_only: bool = False
-    """Train nothing."""
+    """Evaluate the finished trainings without training."""
     output_dir: str = "result/study"
-    """Where LoRAs and images go."""
+    """Folder of LoRAs and images."""
 
 
-def write_images(folder: Path, of_each: int = 8) -> None:
-    """Images that the world draws of what is not held out, with captions."""
+def write_images(folder: Path, num_per_spec: int = 8) -> None:
+    """Write captioned drawings of all scenes of the world that are not held out."""
     rng = np.random.default_rng(0)
-    specs = [spec for spec in world.SPECS if not spec.held_out for _ in range(of_each)]
+    specs = [spec for spec in world.SPECS if not spec.held_out for _ in range(num_per_spec)]
     indices = np.array([spec.indices for spec in specs])
     images = world.draw(indices, world.random_geometry(rng, len(specs)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,81 +148,91 @@ def write_images(folder: Path, of_each: int = 8) -> None:
 
 
 def train(folder: Path, options: str, seed: int) -> None:
-    """One training, or the rest of it; its words go to `folder`.log."""
+    """Run or resume one training; its output goes to `folder`.log."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "refl_lora.py", *DEMO.split(), *options.split(), f"--seed={seed}"]
     with open(f"{folder}.log", "w") as log:
         status = subprocess.run([*command, f"--output_dir={folder}"], stdout=log, stderr=log).returncode
     if status:
-        sys.exit(f"{folder} ended with {status}; see {folder}.log")
+        sys.exit(f"training {folder} failed with exit code {status}; see {folder}.log")
 
 
 def find_loras(study: str, runs: dict[Path, tuple]) -> list[Path]:
-    """What is judged of a study: every checkpoint of long runs, else results; of those that are there."""
+    """List the existing LoRAs to evaluate: all checkpoints of long runs, otherwise the runs' results."""
     if study in ("guidance", "settings", "guard"):
         loras = [run for run in runs if (run / "options.json").exists()]
     else:
         loras = sorted(file.parent for run in runs for file in run.glob(f"checkpoint-*/{LORA}"))
-    return loras or sys.exit(f"{study}: nothing is trained yet")
+    return loras or sys.exit(f"{study}: no LoRA found; train first, without --judge_only")
 
 
-def judge(name: str, own: str, loras: Sequence[Path], folder: Path) -> dict:
-    """What evaluate.py finds of LoRAs."""
+def evaluate(name: str, options: str, loras: Sequence[Path], folder: Path) -> dict:
+    """Run evaluate.py on LoRAs and return its evaluation.json."""
     output = folder / slug(f"judged {name}".strip())
     command = [sys.executable, "evaluate.py", *WORLD.split(), "--prompts=demo/prompts/held_out.txt"]
-    command += "--sampler ddpm --num_inference_steps 20 --batch_size 48".split() + own.split()
+    command += "--sampler ddpm --num_inference_steps 20 --batch_size 48".split() + options.split()
     command += ["--held_out_reward=judge:all_right,judge:colour,judge:shape,judge:background"]
     command += [f"--output_dir={output}", "--lora_paths", *map(str, loras)]
     if status := subprocess.run(command).returncode:
-        sys.exit(f"evaluate.py ended with {status}")
+        sys.exit(f"evaluate.py failed with exit code {status}")
     return json.loads((output / "evaluation.json").read_text())
 
 
-def gather(study: str, evaluations: dict[str, dict], loras: Sequence[Path]) -> Found:
-    """Means of each seed, by (run, guidance, what the empty prompt is predicted by, step).
+def gather(study: str, evaluations: dict[str, dict], loras: Sequence[Path]) -> Scores:
+    """Collect the means of each setting and seed.
 
-    The step is None for a run's result, whose steps may differ from seed to seed: "step", its own, and
-    "ended", where training ended, are then among the means. Two runs may have ended with the same LoRA, which
-    is then evaluated once.
+    The step is None for the result of a run, which may come from different steps for different seeds; its
+    means also have "step", the result's step, and "ended", the last step of the run. Two runs may have the
+    same LoRA as result, which is then evaluated once.
     """
-    found = defaultdict(dict)
+    scores = defaultdict(dict)
     for name, evaluation in evaluations.items():
         cases = defaultdict(list)
         for case in evaluation["cases"]:
             cases[case["lora_sha256"]].append(case)
-        for path in (None, *loras):
-            for case in cases[path and sha256((path / LORA).read_bytes()).hexdigest()]:
-                means = {measure: mean["mean"] for measure, mean in case["means"].items()}
+        for case in cases[None] if not name else ():
+            scores[Setting(BASE, case["guidance_scale"], "", 0)][0] = means_of(case)
+        for path in loras:
+            run, seed, step = identify(study, path)
+            for case in cases[sha256((path / LORA).read_bytes()).hexdigest()]:
                 uncond = "" if case["guidance_scale"] == 1 else "base" if name else "LoRA"
-                if path is None:
-                    if not name:
-                        found[BASE, case["guidance_scale"], "", 0][0] = means
-                    continue
-                folder, step = path, None
-                if path.name.startswith("checkpoint-"):
-                    folder, step = path.parent, step_of(path)
-                else:
-                    means |= {"step": case["step"], "ended": max(map(step_of, path.glob("checkpoint-*")))}
-                run, _, seed = folder.name.rpartition("-seed")
-                title = next(title for title in STUDIES[study] if slug(title) == run)
-                found[title, case["guidance_scale"], uncond, step][int(seed)] = means
+                steps = {"step": case["step"], "ended": last_step(path)} if step is None else {}
+                scores[Setting(run, case["guidance_scale"], uncond, step)][seed] = means_of(case) | steps
     order = [BASE, *STUDIES[study]]
-    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][3] or 0)))
+    return dict(sorted(scores.items(), key=lambda item: (order.index(item[0].run), item[0].step or 0)))
+
+
+def means_of(case: dict) -> dict[str, float]:
+    """Mean of each measure of a case of an evaluation."""
+    return {measure: entry["mean"] for measure, entry in case["means"].items()}
+
+
+def identify(study: str, lora: Path) -> tuple[str, int, int | None]:
+    """Run, seed and step of the folder of a LoRA; step None for the result of a run."""
+    is_checkpoint = lora.name.startswith("checkpoint-")
+    folder, _, seed = (lora.parent if is_checkpoint else lora).name.rpartition("-seed")
+    run = next(name for name in STUDIES[study] if slug(name) == folder)
+    return run, int(seed), step_of(lora) if is_checkpoint else None
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number in a checkpoint's name."""
+    """Step in the name of a checkpoint."""
     return int(checkpoint.name.partition("-")[2])
 
 
-def plain(folder: Path) -> Found:
-    """The study `steps`, to be compared with."""
+def last_step(run: Path) -> int:
+    """Step of the last checkpoint of a run."""
+    return max(map(step_of, run.glob("checkpoint-*")))
+
+
+def read_plain(folder: Path) -> Scores:
+    """Read the results of the study `steps` as the run "plain ReFL", for comparison."""
     try:
         rows = json.loads((folder / "steps.json").read_text())["rows"]
     except FileNotFoundError:
-        sys.exit("compared with the study `steps`, which has to be judged first")
+        sys.exit("compares with the study `steps`; run that first")
     return {
-        ("plain ReFL", row["guidance"], row["uncond"], row["step"]): {
+        Setting("plain ReFL", row["guidance"], row["uncond"], row["step"]): {
             int(seed): means for seed, means in row["seeds"].items()
         }
         for row in sorted(rows, key=lambda row: row["step"])
@@ -219,38 +240,38 @@ def plain(folder: Path) -> Found:
     }
 
 
-def table(found: Found) -> str:
-    """Means over seeds, and of each, as Markdown."""
+def table(scores: Scores) -> str:
+    """Format the mean over seeds and the value of each seed as a Markdown table."""
     lines = [
         f"| run | guidance | empty prompt by | step | {' | '.join(MEASURES.values())} |",
         "|---|---|---|---|" + "---|" * len(MEASURES),
     ]
-    for (run, guidance, uncond, step), seeds in found.items():
+    for (run, guidance, uncond, step), seeds in scores.items():
         cells = []
         for measure in MEASURES:
             values = [seeds[seed][measure] for seed in sorted(seeds)]
             each = ", ".join(f"{value:.3f}" for value in values)
-            cells.append(f"**{mean(values):.3f}**" + f" ({each})" * (len(values) > 1))
+            cells.append(f"**{mean(values):.3f}**" + (f" ({each})" if len(values) > 1 else ""))
         if step is None:
-            steps = [(own["step"], own["ended"]) for _, own in sorted(seeds.items())]
-            steps = [f"{own} of {ended}" if own != ended else f"{own}" for own, ended in steps]
+            steps = [(means["step"], means["ended"]) for _, means in sorted(seeds.items())]
+            steps = [f"{result} of {ended}" if result != ended else f"{result}" for result, ended in steps]
             step = ", ".join(steps if len(set(steps)) > 1 else steps[:1])
         lines.append(f"| {run} | {guidance:g} | {uncond} | {step} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def plot_bars(found: Found, path: Path) -> None:
-    """Fully right and reward of each run: the mean over seeds, and a dot for each."""
-    is_swept = len({guidance for _, guidance, *_ in found}) > 1
-    labels = [
-        run + f", guidance {guidance:g}" * is_swept + f", {uncond} uncond" * bool(uncond and is_swept)
-        for run, guidance, uncond, _ in found
-    ]
+def plot_bars(scores: Scores, path: Path) -> None:
+    """Plot fully right and reward of each run: the mean over seeds, and a dot for each seed."""
+    is_swept = len({setting.guidance for setting in scores}) > 1
+    labels = []
+    for run, guidance, uncond, _ in scores:
+        label = f"{run}, guidance {guidance:g}" if is_swept else run
+        labels.append(f"{label}, {uncond} uncond" if uncond and is_swept else label)
     figure = Figure(figsize=(10, 0.6 + 0.32 * len(labels)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, measure in zip(axes, ("judge.all_right", "reward"), strict=True):
-        for place, seeds in enumerate(found.values()):
-            values = [own[measure] for own in seeds.values()]
+        for place, seeds in enumerate(scores.values()):
+            values = [means[measure] for means in seeds.values()]
             axis.barh(place, mean(values), color="0.75" if len(values) == 1 else "C0", alpha=0.6)
             axis.plot(values, [place] * len(values), "o", ms=3, color="0.2")
         axis.set_title(MEASURES[measure])
@@ -260,27 +281,18 @@ def plot_bars(found: Found, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_curves(found: Found, path: Path) -> None:
-    """Each measure against steps: a thin line for each seed, a thick one for their mean; for runs of which
-    the result alone was judged, a mark for each seed."""
-    runs = list(dict.fromkeys(run for run, *_ in found if run != BASE))
-    base = next(seeds[0] for (run, *_), seeds in found.items() if run == BASE)
+def plot_curves(scores: Scores, path: Path) -> None:
+    """Plot each measure by training step, one colour for each run."""
+    runs = list(dict.fromkeys(setting.run for setting in scores if setting.run != BASE))
+    base = next(seeds[0] for setting, seeds in scores.items() if setting.run == BASE)
     figure = Figure(figsize=(11, 3.9), layout="constrained")
     for axis, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
-        for number, name in enumerate(runs):
-            colour = f"C{number}"
-            own = {step: seeds for (run, _, _, step), seeds in found.items() if run == name}
-            if None in own:
-                at = [means["step"] for means in own[None].values()]
-                values = [means[measure] for means in own[None].values()]
-                axis.plot(at, values, "sD^"[number % 3], ms=7, mec="k", color=colour, label=name, zorder=3)
-                continue
-            steps = sorted(own)
-            for seed in sorted(set().union(*own.values())):
-                points = {0: base[measure]} | {s: own[s][seed][measure] for s in steps if seed in own[s]}
-                axis.plot(list(points), list(points.values()), lw=0.8, alpha=0.4, color=colour)
-            means = [base[measure], *(mean(m[measure] for m in own[step].values()) for step in steps)]
-            axis.plot([0, *steps], means, "o-", ms=3, color=colour, label=name)
+        for number, run in enumerate(runs):
+            by_step = {setting.step: seeds for setting, seeds in scores.items() if setting.run == run}
+            if None in by_step:
+                plot_results(axis, by_step[None], measure, run, number)
+            else:
+                plot_curve(axis, by_step, base, measure, run, number)
         axis.set(title=MEASURES[measure], xlabel="optimizer steps")
         axis.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs),
@@ -288,40 +300,58 @@ def plot_curves(found: Found, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_curve(axis: Axes, by_step: dict, base: dict, measure: str, run: str, number: int) -> None:
+    """Plot a thin line for each seed and a thick one for their mean, from the base model on."""
+    steps = sorted(by_step)
+    for seed in sorted(set().union(*by_step.values())):
+        points = {0: base[measure]} | {s: by_step[s][seed][measure] for s in steps if seed in by_step[s]}
+        axis.plot(list(points), list(points.values()), lw=0.8, alpha=0.4, color=f"C{number}")
+    means = [base[measure], *(mean(m[measure] for m in by_step[step].values()) for step in steps)]
+    axis.plot([0, *steps], means, "o-", ms=3, color=f"C{number}", label=run)
+
+
+def plot_results(axis: Axes, seeds: dict, measure: str, run: str, number: int) -> None:
+    """Plot a mark for the result of each seed, at its step."""
+    steps = [means["step"] for means in seeds.values()]
+    values = [means[measure] for means in seeds.values()]
+    marker = "sD^"[number % 3]
+    axis.plot(steps, values, marker, ms=7, mec="k", color=f"C{number}", label=run, zorder=3)
+
+
 def report(study: str, evaluations: dict[str, dict], loras: Sequence[Path], folder: Path) -> None:
-    """The study's JSON, table and plot."""
-    found = gather(study, evaluations, loras)
+    """Write the JSON, table and plot of a study."""
+    scores = gather(study, evaluations, loras)
     folder.mkdir(exist_ok=True)
     if study in ("guard", "regularisers"):
-        found = {key: seeds for key, seeds in found.items() if key[0] == BASE} | plain(folder) | found
+        base = {setting: seeds for setting, seeds in scores.items() if setting.run == BASE}
+        scores = base | read_plain(folder) | scores
     about = {
         "date": date.today().isoformat(),
         "machine": f"CPU, {os.cpu_count()} cores ({platform.machine()}), torch {version('torch')}",
         "command": f"python benchmarks/study/study.py {' '.join(sys.argv[1:])}",
     }
     first = next(iter(evaluations.values()))
-    number = first["num_prompts"] * first["num_images_per_prompt"]
-    rows = [
-        dict(zip(("run", "guidance", "uncond", "step"), key, strict=True)) | {"seeds": seeds}
-        for key, seeds in found.items()
-    ]
-    write_whole(folder / f"{study}.json", json.dumps(about | {"num_images": number, "rows": rows}, indent=1))
-    head = f"{about['date']}, {about['machine']}: `{about['command']}`\n\n{number} held-out images each.\n\n"
-    write_whole(folder / f"{study}.md", head + table(found))
-    plot = plot_curves if len({key[3] for key in found}) > 3 else plot_bars
-    plot(found, folder / f"{study}.png")
-    print(table(found))
+    num_images = first["num_prompts"] * first["num_images_per_prompt"]
+    rows = [setting._asdict() | {"seeds": seeds} for setting, seeds in scores.items()]
+    content = about | {"num_images": num_images, "rows": rows}
+    write_whole(folder / f"{study}.json", json.dumps(content, indent=1))
+    heading = f"{about['date']}, {about['machine']}: `{about['command']}`"
+    text = f"{heading}\n\n{num_images} held-out images each.\n\n{table(scores)}"
+    write_whole(folder / f"{study}.md", text)
+    plot = plot_curves if len({setting.step for setting in scores}) > 3 else plot_bars
+    plot(scores, folder / f"{study}.png")
+    print(table(scores))
 
 
 def slug(name: str) -> str:
-    """A folder's name."""
+    """Convert a name to a folder name."""
     return re.sub(r"[^\w.-]+", "_", name)
 
 
 def main() -> None:
-    """Train what is missing, judge, report."""
+    """Train what is missing, evaluate, report."""
     os.chdir(ROOT)
-    # Tiny models: a second thread costs more than it brings. The oracle is found in demo/.
+    # Tiny models are fastest with one thread. PYTHONPATH: the oracle is demo/judge.py.
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "demo"}
     options = tyro.cli(Options, use_underscores=True)
     options.studies = options.studies or tuple(STUDIES)
@@ -330,16 +360,18 @@ def main() -> None:
     for study in options.studies:
         folder = Path(options.output_dir, study)
         runs = {
-            folder / f"{slug(name)}-seed{seed}": (own, seed)
+            folder / f"{slug(name)}-seed{seed}": (training, seed)
             for seed in options.seeds
-            for name, own in STUDIES[study].items()
+            for name, training in STUDIES[study].items()
         }
         if not options.judge_only:
             with ThreadPoolExecutor(options.jobs) as pool:
-                done = pool.map(lambda item: train(item[0], *item[1]), runs.items())
+                done = pool.map(train, runs, *zip(*runs.values(), strict=True))
                 list(tqdm(done, f"training: {study}", len(runs), unit="run"))
         loras = find_loras(study, runs)
-        evaluations = {name: judge(name, own, loras, folder) for name, own in JUDGED[study].items()}
+        evaluations = {
+            name: evaluate(name, extra, loras, folder) for name, extra in EVALUATIONS[study].items()
+        }
         report(study, evaluations, loras, Path(__file__).parent / "results")
 
 

@@ -1,4 +1,4 @@
-"""What the scripts that draw share: their options, and images in batches."""
+"""Options and batched generation shared by inference.py, inference_lora.py and evaluate.py."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,69 +25,69 @@ AS_TRAINED = ("guidance_scale", "sampler", "num_inference_steps", "resolution", 
 
 @dataclass
 class ImageOptions:
-    """Options of every script that draws."""
+    """Options of every script that generates images."""
 
     pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
     """Folder of the text-to-image model, in diffusers' layout."""
     num_images_per_prompt: int = 10
     """Images of each prompt."""
     seed: int = 0
-    """Seed of the first image; the next has the next seed, and so on."""
+    """Seed of the first image; each further image has the next seed."""
     num_inference_steps: int = 50
     """Denoising steps."""
     guidance_scale: float = 7.5
-    """Classifier-free guidance; 1 is none."""
+    """Scale of classifier-free guidance; 1: no guidance."""
     sampler: Literal["pndm", "ddim", "ddpm", "euler", "euler_a", "dpm++"] = "pndm"
-    """How the noise is removed."""
+    """Denoising algorithm."""
     resolution: int | None = None
-    """Pixels a side; None: the model's own (512 for SD-1.4)."""
+    """Width and height in pixels; None: the model's own (512 for SD-1.4)."""
     batch_size: int = 10
-    """Images drawn at once. Halved by itself when the GPU's memory does not suffice."""
+    """Images generated at once; halved automatically when the GPU runs out of memory."""
     device: str | None = None
     """"cuda", "cuda:1", "cpu", ...; None: a GPU if there is one."""
     dtype: Literal["fp16", "bf16", "fp32"] | None = None
-    """Precision; None: fp16 on a GPU, fp32 on the CPU."""
+    """Precision of the model; None: fp16 on a GPU, fp32 on the CPU."""
 
 
 @dataclass
 class DrawingOptions(ImageOptions):
-    """Those of scripts that take their prompts from the command line."""
+    """Options of scripts that take prompts from the command line."""
 
     prompt: tuple[str, ...] = ("a lighthouse on a cliff at sunset, oil painting",)
-    """One prompt or several."""
+    """One or more prompts."""
     prompts_file: str | None = None
-    """Take the prompts from a .txt, .json, .jsonl or .csv file instead."""
+    """Read the prompts from a .txt, .json, .jsonl or .csv file instead."""
 
 
 @dataclass
 class LoraOptions:
-    """Those of scripts that draw with a LoRA."""
+    """Options of scripts that apply a LoRA."""
 
     lora_scale: float = 1.0
-    """How much of the LoRA to apply; 0 is the model as it is."""
+    """Scale of the LoRA; 0 is the base model."""
     lora_in_uncond: bool = True
-    """Whether guidance takes the prediction for the empty prompt with the LoRA as well, as diffusers does.
-    In the demo world images were worse without, however the LoRA was trained."""
+    """Also apply the LoRA to guidance's prediction for the empty prompt, as diffusers does.
+    In the demo world images were worse without it, for all ways to train the LoRA."""
     as_trained: bool = False
-    """Draw with the guidance, sampler, steps and resolution that the LoRA was trained with."""
+    """Use the guidance, sampler, steps and resolution that the LoRA was trained with."""
 
 
-Settled = TypeVar("Settled", bound=LoraOptions)
+AnyOptions = TypeVar("AnyOptions", bound=LoraOptions)
 
 
 def memory_advice() -> str:
-    """What to do when the GPU's memory does not suffice for one image."""
+    """Advice when the GPU runs out of memory for a single image."""
     return "Try --dtype fp16, a lower --resolution, another GPU, or --device cpu."
 
 
 def check(options: DrawingOptions) -> list[str]:
-    """The prompts; raises `UserError` for options that cannot be. Loads nothing."""
+    """Return the prompts; raises `UserError` for invalid options. Loads no weights."""
     check_images(options)
     return read_prompts(options.prompts_file) if options.prompts_file else list(options.prompt)
 
 
 def check_images(options: ImageOptions) -> None:
-    """Raises `UserError` for options that cannot be, whatever the prompts."""
+    """Raise `UserError` for invalid options other than prompts."""
     for name in ("num_images_per_prompt", "num_inference_steps", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: must be 1 or more.")
@@ -98,10 +98,11 @@ def check_images(options: ImageOptions) -> None:
     check_output_folder(options.output_dir)
 
 
-def settle(options: Settled, lora_paths: Sequence[str]) -> Settled:
-    """The options `as_trained`, if that is asked for; else a note of what was not so in training.
+def apply_trained_settings(options: AnyOptions, lora_paths: Sequence[str]) -> AnyOptions:
+    """Apply --as_trained: return the options with the settings that the LoRAs were trained with.
 
-    Raises `UserError` if that is asked for and the LoRAs were trained differently.
+    Without it, print a note about settings that differ from the training's. Raises `UserError` for
+    --as_trained with LoRAs of different settings.
     """
     trained = {}
     for path in lora_paths:
@@ -114,7 +115,7 @@ def settle(options: Settled, lora_paths: Sequence[str]) -> Settled:
             if names:
                 raise UserError(
                     f"--as_trained: {first} was trained with {_flags(trained[first], names)}, {other} with "
-                    f"{_flags(trained[other], names)}; take them one at a time, or leave out --as_trained."
+                    f"{_flags(trained[other], names)}; evaluate them separately, or omit --as_trained."
                 )
         return replace(options, **trained[first])
     differ = {
@@ -124,30 +125,30 @@ def settle(options: Settled, lora_paths: Sequence[str]) -> Settled:
     for flags in sorted(differ - {""}):
         which = "this LoRA" if len(trained) == 1 else "a LoRA"
         if is_first_process():
-            print(f"note: {which} was trained with {flags}; --as_trained draws so")
+            print(f"note: {which} was trained with {flags}; --as_trained uses these settings")
     return options
 
 
 def _flags(settings: dict, names: Sequence[str]) -> str:
-    return " ".join(f"--{name} {settings.get(name, '(not said)')}" for name in names)
+    return " ".join(f"--{name} {settings.get(name, '(unknown)')}" for name in names)
 
 
 def pipeline(options: ImageOptions) -> StableDiffusionPipeline:
-    """The pipeline that the options ask for."""
+    """Load the pipeline on the device, in the precision and with the sampler of the options."""
     device = devices.find(options.device)
     dtype = DTYPES[precision(options, device)]
     return load_pipeline(options.pretrained_model_name_or_path, options.sampler, dtype, device)
 
 
 def precision(options: ImageOptions, device: torch.device) -> str:
-    """One of `DTYPES`: as asked for, or what suits the device."""
+    """One of `DTYPES`: --dtype, or the default for the device."""
     return options.dtype or ("fp16" if device.type == "cuda" else "fp32")
 
 
 def draw(
     pipeline: StableDiffusionPipeline, prompts: Sequence[str], options: ImageOptions, title: str
 ) -> Iterator[Image.Image]:
-    """Images, `num_images_per_prompt` of each prompt in turn, seeds counting up from `seed`."""
+    """Yield `num_images_per_prompt` images of each prompt in turn, with seeds counting up from `seed`."""
     wanted = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
     with tqdm(total=len(wanted), desc=title, unit="image") as bar:
         yield from draw_each(pipeline, list(zip(wanted, count(options.seed), strict=False)), options, bar)
@@ -156,7 +157,7 @@ def draw(
 def draw_each(
     pipeline: StableDiffusionPipeline, wanted: Sequence[tuple[str, int]], options: ImageOptions, bar: tqdm
 ) -> Iterator[Image.Image]:
-    """The image of each prompt and seed, drawn in batches; one that does not fit into memory is halved."""
+    """Yield the image of each prompt and seed; a batch that does not fit into memory is halved."""
     batch_size, done = options.batch_size, 0
     steps, guidance, resolution = options.num_inference_steps, options.guidance_scale, options.resolution
     while done < len(wanted):
@@ -170,7 +171,7 @@ def draw_each(
         if images is None:  # outside `except`, whose traceback still holds the tensors
             torch.cuda.empty_cache()
             batch_size = (len(prompts) + 1) // 2
-            bar.write(f"out of memory; going on with {batch_size} images at once")
+            bar.write(f"out of memory; continuing with {batch_size} images at once")
             continue
         yield from map(to_pil, images)
         done += len(prompts)

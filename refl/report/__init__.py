@@ -1,1 +1,1 @@
-"""What people look at: curves, sheets of images, the model card, the evaluation's report."""
+"""Reports: training logs, contact sheets, the model card, statistics and HTML page of an evaluation."""

@@ -1,10 +1,9 @@
-"""The model card of a training's output folder: README.md with curves and images, for people and for the
-Hugging Face Hub.
+"""Model card of a training run: README.md with curves and images, for people and for the Hugging Face Hub.
 
 python -m refl card checkpoint/refl_lora
 python -m refl card checkpoint/refl_lora --evaluation result/evaluation
 
-Everything is read from the folder itself; what is not there is left out. The text is card.md.jinja.
+Everything is read from the output folder; sections without data are left out. The text is card.md.jinja.
 """
 
 import hashlib
@@ -34,11 +33,11 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FILE = "README.md"
-EVALUATION, BEFORE_AFTER = "evaluation.json", "before_after.png"  # an evaluation's, kept in the folder
+EVALUATION, BEFORE_AFTER = "evaluation.json", "before_after.png"  # of an evaluation, copied into the folder
 MAIN_OPTIONS = """learning_rate max_train_steps rank train_batch_size gradient_accumulation_steps
     num_inference_steps min_stop max_stop guidance_scale grad_scale reward_target seed""".split()
 EXTRA_OPTIONS = """normalize_by_stop noise_distance_weight lora_shrinkage pretrain_data held_out_reward
-    early_stop""".split()  # shown first as well, where they are set
+    early_stop""".split()  # also main options where they are set
 
 
 @dataclass
@@ -46,39 +45,40 @@ class Options:
     """Write the model card of a LoRA, README.md, into its folder."""
 
     folder: tyro.conf.Positional[str] = "checkpoint/refl_lora"
-    """Training's --output_dir."""
+    """The --output_dir of the training."""
     evaluation: str | None = None
-    """Folder of an evaluation of this LoRA; its evaluation.json and grid.png are kept beside the card."""
+    """Folder of an evaluation of this LoRA; its evaluation.json and grid.png are copied beside the card."""
 
 
 def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
-    """Write README.md and its images; an evaluation, once given, stays. The same files make the same bytes.
+    """Write README.md and its images, and return its path; the same files give the same bytes.
 
-    Raises `UserError` for a folder without a LoRA, one that cannot be written, an evaluation that is none.
+    An evaluation is copied into the folder and used by later calls. Raises `UserError` if the folder has no
+    LoRA or cannot be written, or if the evaluation cannot be read.
     """
     folder = Path(folder)
     lora = folder / LORA_FILE
     if not lora.is_file():
-        raise UserError(f"no LoRA at {lora}; name the --output_dir of a training that is finished.")
+        raise UserError(f"no LoRA at {lora}; name the --output_dir of a finished training.")
     digest = hashlib.sha256(lora.read_bytes()).hexdigest()
     facts, files = _training(folder)
-    kept, has_image = _read_json(folder / EVALUATION), (folder / BEFORE_AFTER).is_file()
+    results, has_image = _read_json(folder / EVALUATION), (folder / BEFORE_AFTER).is_file()
     if evaluation:
-        kept = _read_json(Path(evaluation) / EVALUATION)
+        results = _read_json(Path(evaluation) / EVALUATION)
         grid = Path(evaluation) / "grid.png"
-        files[EVALUATION] = json.dumps(kept, indent=2) + "\n"
+        files[EVALUATION] = json.dumps(results, indent=2) + "\n"
         if has_image := grid.is_file():
             files[BEFORE_AFTER] = grid.read_bytes()
-    facts |= {"evaluation": kept, "has_image": has_image}
+    facts |= {"evaluation": results, "has_image": has_image}
     try:
-        cases = _cases(kept, digest)
+        cases = _cases(results, digest)
         if evaluation and not cases:
             raise LookupError("no LoRA in it")
         is_current = bool(cases) and cases[0][0]["lora_sha256"] == digest
         card = _render(facts | {"cases": cases, "is_current": is_current})
     except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         if evaluation:
-            raise UserError(f"--evaluation {evaluation}: no {EVALUATION} there that can be read.") from error
+            raise UserError(f"--evaluation {evaluation}: no readable {EVALUATION} in this folder.") from error
         card = _render(facts | {"cases": [], "is_current": False})
     try:
         for name, content in (files | {FILE: card}).items():
@@ -91,7 +91,7 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
 
 
 def write_if_possible(folder: str | Path, evaluation: str | Path | None = None) -> Path | None:
-    """As `write`; where that cannot be, a warning: what the card is about is done."""
+    """Write the card; print a warning and return None on failure, since the training itself succeeded."""
     try:
         return write(folder, evaluation)
     except UserError as error:
@@ -100,13 +100,9 @@ def write_if_possible(folder: str | Path, evaluation: str | Path | None = None) 
 
 
 def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:
-    """What the card says of the training, and its images by file name."""
+    """Collect the template's variables about the training, and the card's images by file name."""
     lora = folder / LORA_FILE
-    metadata, options, state = (
-        read_metadata(lora),
-        _read_json(folder / "options.json"),
-        _state(folder),
-    )
+    metadata, options, state = read_metadata(lora), _read_json(folder / "options.json"), _state(folder)
     scalars, images = _read_events(folder / str(options.get("logging_dir", "logs")))
     step = metadata.get("step")
     images = _first_and_last(images, step)
@@ -135,11 +131,11 @@ def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:
     return facts, files
 
 
-# ---------------------------------------------------------------------------------------------- what there is
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 def _read_json(path: Path) -> dict:
-    """A JSON object; {} where there is none that can be read."""
+    """Read a JSON object; {} if there is none or it cannot be read."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -148,31 +144,31 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_events(folder: Path) -> tuple[dict[str, list], list]:
-    """TensorBoard's finite scalars by tag and the images of validation; none where none can be read."""
+    """Read TensorBoard's finite scalars by tag and the validation images; ({}, []) if they cannot be read."""
     everything = {"scalars": 0, "images": 0, "histograms": 1, "compressedHistograms": 1}  # 0: all of them
     try:
         events = EventAccumulator(str(folder), size_guidance=everything).Reload()
         tags, images = events.Tags(), "validation/images"
         scalars = {tag: [p for p in events.Scalars(tag) if math.isfinite(p.value)] for tag in tags["scalars"]}
         return scalars, events.Images(images) if images in tags["images"] else []
-    except Exception:  # TensorBoard's own kinds, of a folder that is not there or files it cannot read
+    except Exception:  # of TensorBoard's own types, for a missing folder or unreadable files
         return {}, []
 
 
 def _state(folder: Path) -> dict:
-    """What the newest checkpoint says of the run."""
+    """Read the state of the newest checkpoint; {} without one."""
     steps = checkpoints.steps(folder)
     return _read_json(folder / f"checkpoint-{max(steps)}" / checkpoints.STATE) if steps else {}
 
 
 def _first_and_last(points: list, step: int | None) -> list:
-    """The first point and the last one up to `step`, the LoRA's; [] if there are no two."""
+    """The first point and the last one up to `step`, the LoRA's; [] for fewer than two points."""
     points = [point for point in points if step is None or point.step <= step]
     return [points[0], points[-1]] if len(points) > 1 else []
 
 
 def _is_sd14(lora: Path, base_model: str) -> bool:
-    """Whether the base model is called so and the LoRA has the widths of SD 1's first attention layers."""
+    """Whether the base model has SD-1.4's name and the LoRA the widths of its first attention layers."""
     block = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
     widths = {f"{block}.attn1.to_q.lora.down.weight": 320, f"{block}.attn2.to_k.lora.down.weight": 768}
     with safe_open(lora, framework="pt") as tensors:
@@ -183,24 +179,24 @@ def _is_sd14(lora: Path, base_model: str) -> bool:
 
 
 def _drawing(metadata: dict) -> str:
-    """Arguments of the pipeline that draw as in training."""
+    """Format the pipeline's arguments that generate images as in training."""
     side = metadata.get("resolution")
-    wanted = {name: metadata.get(name) for name in ("num_inference_steps", "guidance_scale")}
-    wanted |= {"height": side, "width": side}
-    return "".join(f", {name}={value}" for name, value in wanted.items() if isinstance(value, int | float))
+    arguments = {name: metadata.get(name) for name in ("num_inference_steps", "guidance_scale")}
+    arguments |= {"height": side, "width": side}
+    return "".join(f", {name}={value}" for name, value in arguments.items() if isinstance(value, int | float))
 
 
 def _time(scalars: dict[str, list]) -> str | None:
-    """When the run ended, and how long its steps took."""
+    """Describe how long the steps took and when the run ended."""
     if not (steps := scalars.get("seconds/total")):
         return None
     day = datetime.fromtimestamp(steps[-1].wall_time, UTC).date()
     minutes = sum(point.value for point in steps) / 60
-    return f"The {len(steps)} steps logged took {minutes:.1f} minutes, the last one on {day} (UTC)."
+    return f"The {len(steps)} logged steps took {minutes:.1f} minutes and ended on {day} (UTC)."
 
 
 def _data(options: dict, decides: dict) -> list[str]:
-    """What was trained and validated on; prompts are counted if their file is still the one of the run."""
+    """Describe the training and validation data; prompts are counted if their file has not changed since."""
     lines = []
     if path := options.get("prompts"):
         line = f"Trained on the prompts of {code(Path(str(path)).name)}"
@@ -223,8 +219,8 @@ def _data(options: dict, decides: dict) -> list[str]:
 
 
 def _cases(evaluation: dict, digest: str) -> list[tuple[dict, dict]]:
-    """Each evaluated LoRA with the base model at the same guidance; first the one of this SHA-256, and as the
-    report shows it."""
+    """Each case with a LoRA and the base model at the same guidance. The LoRA with SHA-256 `digest` comes
+    first, starting with the case that the report shows."""
     if not evaluation:
         return []
     bases = {case["guidance_scale"]: case for case in evaluation["cases"] if case["lora_path"] is None}
@@ -238,24 +234,24 @@ def _cases(evaluation: dict, digest: str) -> list[tuple[dict, dict]]:
 
 
 def escape(value: object) -> str:
-    """A value as one line of plain text, nothing of which Markdown or its tables take for theirs."""
+    """Escape a value as one line of plain text for Markdown and its tables."""
     line = " ".join(str(value).split())
-    return re.sub(r"[^\w\s.,:+/=%()-]|_", lambda found: f"&#{ord(found[0])};", line)
+    return re.sub(r"[^\w\s.,:+/=%()-]|_", lambda match: f"&#{ord(match[0])};", line)
 
 
 def code(value: object) -> str:
-    """A value as one line of code, in a table as well."""
+    """Format a value as one line of code, also for tables."""
     line = " ".join(str(value).split())
     return f"`{line}`" if line and not set("`|\\") & set(line) else f"<code>{escape(line)}</code>"
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """A number, or nothing where there is none."""
+    """Format a number; "" for None."""
     return "" if value is None else format(value, form)
 
 
 def share(count: float, outcomes: dict) -> str:
-    """A count or share of wins, ties and losses in per cent of all."""
+    """Format a count of wins, ties or losses as a percentage of all."""
     return f"{count / (outcomes['win'] + outcomes['tie'] + outcomes['loss']):.0%}"
 
 
@@ -275,11 +271,11 @@ def _render(facts: dict) -> str:
 
 
 def curves(scalars: dict[str, list], lora_step: int | None = None) -> bytes:
-    """A PNG of reward, validation, loss and gradient norm by step."""
+    """Plot reward, validation, loss and gradient norm by step, as PNG."""
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     reward, validation, loss, norm = figure.subplots(2, 2).flat
     for axis, tag, title in (
-        (reward, "reward/mean", "reward of the images trained on"),
+        (reward, "reward/mean", "reward of the training images"),
         (loss, "loss", "loss"),
         (norm, "gradient_norm", "gradient norm before clipping"),
     ):
@@ -288,12 +284,12 @@ def curves(scalars: dict[str, list], lora_step: int | None = None) -> bytes:
     seen = []
     for tag in sorted(scalars, key=lambda tag: (tag != "validation/reward", tag)):
         values = [point.value for point in scalars[tag]]
-        if tag.startswith("validation/") and values not in seen:  # a reward that is the whole sum
+        if tag.startswith("validation/") and values not in seen:  # a single reward equals the sum
             seen.append(values)
             validation.plot(
                 [p.step for p in scalars[tag]], values, "o-", ms=3.5, lw=1.5, clip_on=False, label=tag[11:]
             )
-    validation.set_title("validation, always from the same noise")
+    validation.set_title("validation, from the same noise each time")
     if len(seen) > 1:
         validation.legend(frameon=False, fontsize=8)
     validation.set_visible(bool(seen))
@@ -315,7 +311,7 @@ def curves(scalars: dict[str, list], lora_step: int | None = None) -> bytes:
 
 
 def _plot_smoothed(axis: Axes, points: list) -> None:
-    """The points faintly, and their mean over a fifteenth of them."""
+    """Plot the points faintly, and their moving average over a fifteenth of them."""
     steps, values = [point.step for point in points], [point.value for point in points]
     half = len(values) // 30
     mean = [np.mean(values[max(0, index - half) : index + half + 1]) for index in range(len(values))]
@@ -324,6 +320,6 @@ def _plot_smoothed(axis: Axes, points: list) -> None:
 
 
 def main() -> None:
-    """Write the card as asked."""
+    """Read the options and write the card."""
     options = tyro.cli(Options, prog="python -m refl card", use_underscores=True)
     print(f"model card written: {write(options.folder, options.evaluation)}")

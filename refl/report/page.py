@@ -1,5 +1,4 @@
-"""What an evaluation found, as text for a terminal and as one HTML file that needs nothing else: no network,
-no scripts."""
+"""Report of an evaluation: text for a terminal, and one self-contained HTML file without scripts."""
 
 import base64
 import io
@@ -20,8 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 MAX_SIDE = 256  # pixels of an image in the report
-BINS = 30  # an even number: losses end where gains begin
-# Colours of plots by what they stand for: each is replaced by one that follows the page, light or dark.
+BINS = 30  # even, so that 0 is an edge between two bins
+# Placeholder colours of plots, replaced in the SVG by colours of the page, light or dark.
 TEXT, LINE, ACCENT = "#010203", "#040506", "#070809"
 PAGE_COLOURS = {TEXT: "currentColor", LINE: "var(--line)", ACCENT: "var(--accent)"}
 COLOUR_MAP = "viridis"
@@ -29,7 +28,7 @@ COLOUR_MAP = "viridis"
 
 @dataclass
 class Pair:
-    """An image without and with the LoRA, from the same noise."""
+    """An image without and with the LoRA, from the same noise, and their scores."""
 
     prompt: str
     seed: int
@@ -42,7 +41,7 @@ class Pair:
 
 
 def text(evaluation: dict, shown: int) -> str:
-    """The table of one case, and a line for each other one."""
+    """Table of the shown case with all measures, then a line for each other LoRA."""
     case, base = evaluation["cases"][shown], base_of(evaluation, shown)
     rows = [("", "base", case["name"], "difference", "95 % interval", "win / tie / loss")]
     for name in evaluation["measures"]:
@@ -60,23 +59,23 @@ def text(evaluation: dict, shown: int) -> str:
             for c, a in zip(others, against, strict=True)
         ]
         blocks.append(_aligned(rows))
-    number = f"{evaluation['num_prompts']} prompts, {evaluation['num_images_per_prompt']} of each"
-    return f"\n{number}\n" + "\n\n".join(blocks) + "\n"
+    counts = f"{evaluation['num_prompts']} prompts, {evaluation['num_images_per_prompt']} of each"
+    return f"\n{counts}\n" + "\n\n".join(blocks) + "\n"
 
 
 def base_of(evaluation: dict, index: int) -> dict:
-    """The base model's case at the guidance of another case."""
+    """The base model's entry at the guidance of the case at `index`."""
     guidance = evaluation["cases"][index]["guidance_scale"]
     return next(c for c in evaluation["cases"] if not c["against_base"] and c["guidance_scale"] == guidance)
 
 
-def interval(found: dict, form: str = "+.3f") -> str:
-    """Its ends."""
-    return f"{found['low']:{form}} to {found['high']:{form}}"
+def interval(entry: dict, form: str = "+.3f") -> str:
+    """Format the ends of an interval."""
+    return f"{entry['low']:{form}} to {entry['high']:{form}}"
 
 
 def outcomes(against: dict) -> str:
-    """Shares of wins, ties and losses; nothing for a measure that is not better when it is higher."""
+    """Format the shares of wins, ties and losses; "" for a measure that is not a reward."""
     if "win" not in against:
         return ""
     counts = [against[key] for key in ("win", "tie", "loss")]
@@ -96,7 +95,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def render(evaluation: dict, shown: int, differences: np.ndarray, pairs: dict[str, list[Pair]]) -> str:
-    """The page. `differences` (N,) are the shown case's, of the reward, image by image."""
+    """Render the HTML page. `differences` (N,): the reward of each image of the shown case minus the base
+    model's."""
     cases = evaluation["cases"]
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -117,7 +117,7 @@ def render(evaluation: dict, shown: int, differences: np.ndarray, pairs: dict[st
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image for an <img>, no larger than it is shown."""
+    """Encode an image, reduced to `MAX_SIDE`, as the source of an <img>."""
     content = io.BytesIO()
     image = image.copy()
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
@@ -129,7 +129,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 def plot(draw: Callable[[Axes], None], title: str) -> Markup:
-    """What `draw` puts on an axis, as SVG for inside a page, in the page's colours and font."""
+    """Render what `draw` puts on an axis as inline SVG in the page's colours and font."""
     figure = Figure(figsize=(5.6, 3.2), layout="constrained", facecolor="none")
     axis = figure.subplots()
     axis.set_facecolor("none")
@@ -142,7 +142,7 @@ def plot(draw: Callable[[Axes], None], title: str) -> Markup:
     for label in (axis.xaxis.label, axis.yaxis.label):
         label.set(fontsize=8, color=TEXT)
     content = io.StringIO()
-    # The salt names what an SVG refers to inside itself: two plots on a page must not share names.
+    # The salt makes the SVG's internal ids reproducible and different from those of the page's other plots.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(content, format="svg", metadata={"Date": None})
     svg = content.getvalue()
@@ -156,7 +156,7 @@ def plot(draw: Callable[[Axes], None], title: str) -> Markup:
 
 
 def histogram(axis: Axes, differences: np.ndarray) -> None:
-    """How many images became better or worse by how much."""
+    """Histogram of the differences in reward, by image."""
     widest = float(np.abs(differences).max()) or 1.0
     axis.hist(differences, bins=np.linspace(-widest, widest, BINS + 1), color=ACCENT)
     axis.axvline(0, color=TEXT, lw=1, label="base")
@@ -168,27 +168,25 @@ def histogram(axis: Axes, differences: np.ndarray) -> None:
 
 
 def curves(evaluation: dict) -> list[Markup]:
-    """Each measure by training step, a line for each training of which there are LoRAs of several steps; the
-    base model is step 0."""
+    """Plot each measure by training step, one line for each run with LoRAs of several steps; the base model
+    is step 0. [] without such a run, or with several scales or guidances."""
     cases = [case for case in evaluation["cases"] if case["step"] is not None]
     settings = {(case["lora_scale"], case["guidance_scale"]) for case in cases}
     runs = defaultdict(dict)  # folder -> step -> case
     for case in sorted(cases, key=lambda case: case["step"]):
         path = Path(case["lora_path"])
         runs[path.parent if re.fullmatch(r"checkpoint-\d+|best", path.name) else path][case["step"]] = case
-    runs = {folder: own for folder, own in runs.items() if len(own) > 1}
+    runs = {folder: by_step for folder, by_step in runs.items() if len(by_step) > 1}
     if not runs or len(settings) > 1:
         return []
     base = base_of(evaluation, evaluation["cases"].index(cases[0]))
 
     def curve(axis: Axes, name: str) -> None:
-        for (folder, own), style in zip(runs.items(), cycle(("-", "--", ":", "-.")), strict=False):
-            own = {0: base} | own
-            mean, low, high = (
-                [case["means"][name][key] for case in own.values()] for key in ("mean", "low", "high")
-            )
-            axis.fill_between(list(own), low, high, color=ACCENT, alpha=0.2 / len(runs), lw=0)
-            axis.plot(list(own), mean, f"o{style}", color=ACCENT, ms=4, label=folder.name)
+        for (folder, by_step), style in zip(runs.items(), cycle(("-", "--", ":", "-.")), strict=False):
+            steps, means = [0, *by_step], [case["means"][name] for case in (base, *by_step.values())]
+            mean, low, high = ([entry[key] for entry in means] for key in ("mean", "low", "high"))
+            axis.fill_between(steps, low, high, color=ACCENT, alpha=0.2 / len(runs), lw=0)
+            axis.plot(steps, mean, f"o{style}", color=ACCENT, ms=4, label=folder.name)
         if len(runs) > 1:
             axis.legend(frameon=False, fontsize=8, labelcolor=TEXT)
         axis.set_xlabel("training step; the band is the 95 % interval")
@@ -201,7 +199,7 @@ def curves(evaluation: dict) -> list[Markup]:
 
 
 def heat_maps(evaluation: dict, lora_path: str) -> list[Markup]:
-    """Each measure by scale and guidance of one LoRA, if either was swept; scale 0 is the base model."""
+    """Plot each measure of one LoRA by scale and guidance; scale 0 is the base model. [] without a sweep."""
     cases = [case for case in evaluation["cases"] if case["lora_path"] in (None, lora_path)]
     scales = sorted({case["lora_scale"] for case in cases})
     guidances = sorted({case["guidance_scale"] for case in cases})

@@ -1,5 +1,4 @@
-"""What training shows: TensorBoard's scalars, histograms and options, captioned grids of images, seconds by
-phase."""
+"""Contact sheets: captioned grids of images."""
 
 import textwrap
 from collections.abc import Sequence
@@ -7,17 +6,16 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 CAPTION_SIZE = 14  # pixels
-MAX_IMAGES = 32  # of a validation that are shown
+MAX_IMAGES = 32  # shown of a validation
 
 
-# TensorBoard's tab "custom scalars": what to look at first. Tags as regular expressions.
 def grid(
     rows: Sequence[Sequence[Image.Image]],
     captions: Sequence[Sequence[str]],
     cell: int = 256,
     header: str = "",
 ) -> Image.Image:
-    """Images with a caption below each, scaled to fit `cell` pixels, one row for each sequence."""
+    """Arrange images, scaled to fit `cell` pixels and captioned below, one row for each sequence."""
     font = ImageFont.load_default(CAPTION_SIZE)
     per_line = max(8, int(cell / (CAPTION_SIZE * 0.52)))
     lines = [
@@ -47,7 +45,7 @@ def grid(
 def sheet(
     images: Sequence[Image.Image], captions: Sequence[str], header: str, per_row: int = 4
 ) -> Image.Image:
-    """A `grid` of one sequence of images, `per_row` in each row."""
+    """Arrange one sequence of images in a `grid`, `per_row` in each row."""
     rows = [slice(start, start + per_row) for start in range(0, len(images), per_row)]
     return grid([images[row] for row in rows], [captions[row] for row in rows], header=header)
 
@@ -58,11 +56,11 @@ def pairs(
     per_row: int,
     header: str = "",
 ) -> Image.Image:
-    """A `grid` of sequences by side, such as before and after, as long as each other: each image above its
-    partner."""
+    """Arrange sequences of equal length by side, such as before and after, in a `grid`: partners above each
+    other."""
     rows, texts = [], []
     for start in range(0, len(next(iter(images.values()))), per_row):
-        for side, own in images.items():
-            rows.append(own[start : start + per_row])
+        for side, sequence in images.items():
+            rows.append(sequence[start : start + per_row])
             texts.append(captions[side][start : start + per_row])
     return grid(rows, texts, header=header)

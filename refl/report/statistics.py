@@ -1,40 +1,39 @@
-"""What the mean over some prompts says of the mean over all such prompts: bootstrap intervals.
+"""Statistics of an evaluation: bootstrap intervals over prompts, and counts of wins, ties and losses.
 
-Images of one prompt are alike, so prompts are what is drawn again, each with all of its images.
+The images of one prompt resemble each other, so prompts are resampled, each with all of its images.
 """
 
 import numpy as np
+from scipy import stats
 
 NUM_RESAMPLES = 10_000
-LEVEL = 0.95
-MAX_COUNTS = 2_000_000  # numbers in memory at once
+CONFIDENCE = 0.95
+MAX_VALUES = 1_000_000  # resampled values in memory at once, 8 MB
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Mean, low and high end of the percentile interval (Efron 1979), (3, ...), of values (num_prompts, ...).
+    """Mean and ends of the percentile interval (Efron 1979), (3, ...), of values (num_prompts, ...).
 
-    The prompts are drawn once for all columns, so that columns may be compared.
+    Each resample takes the same prompts for all columns, so columns can be compared.
     """
-    num_prompts = len(values)
-    columns = values.reshape(num_prompts, -1)
-    generator = np.random.default_rng(seed)
-    rows = max(1, MAX_COUNTS // num_prompts)
-    means = np.concatenate([
-        _counts(generator, min(rows, NUM_RESAMPLES - start), num_prompts) @ columns / num_prompts
-        for start in range(0, NUM_RESAMPLES, rows)
-    ])  # fmt: skip
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return np.stack([columns.mean(0), low, high]).reshape(3, *values.shape[1:])
-
-
-def _counts(generator: np.random.Generator, rows: int, num_prompts: int) -> np.ndarray:
-    """How often each prompt is in each of `rows` resamples, (rows, num_prompts)."""
-    drawn = generator.integers(num_prompts, size=(rows, num_prompts))
-    drawn += np.arange(rows)[:, None] * num_prompts
-    return np.bincount(drawn.ravel(), minlength=rows * num_prompts).reshape(rows, num_prompts).astype(float)
+    mean = values.mean(0)
+    if len(values) < 2:
+        return np.stack([mean] * 3)
+    interval = stats.bootstrap(
+        (values,),
+        np.mean,
+        axis=0,
+        method="percentile",
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        n_resamples=NUM_RESAMPLES,
+        batch=max(1, MAX_VALUES // values.size),
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return np.stack([mean, *interval])
 
 
 def outcomes(difference: np.ndarray, margin: float) -> dict[str, int]:
-    """How many differences are above `margin`, within it, and below it."""
+    """Number of differences above `margin`, within it, and below `-margin`."""
     win, loss = int((difference > margin).sum()), int((difference < -margin).sum())
     return {"win": win, "tie": difference.size - win - loss, "loss": loss}

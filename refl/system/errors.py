@@ -37,6 +37,6 @@ def _exit(message: str, code: int) -> None:
     # Of several processes with the same mistake the first one speaks, and the launcher then ends the others.
     # One that is alone with its mistake is heard a little later.
     if not is_first_process():
-        time.sleep(5)
+        time.sleep(30)  # on a busy machine the first one may be that far behind
     print(message, file=sys.stderr, flush=True)
     sys.exit(code)

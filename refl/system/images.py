@@ -1,6 +1,8 @@
-"""Convert between tensors and PIL images; save PNG files atomically."""
+"""Convert between tensors and PIL images; save PNG files atomically, on another thread if need be."""
 
 import io
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 
@@ -12,16 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+MAX_PENDING = 64  # images waiting to be written, 50 MB at 512x512
+
 
 def to_pil(image: Tensor) -> Image.Image:
-    """An image (3, H, W) in [0, 1], values beyond cut off, as 8-bit RGB."""
+    """Convert an image (3, H, W) in [0, 1] to 8-bit RGB; other values are clamped."""
     return Image.fromarray(
         (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     )
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as (3, H, W) in [0, 1]."""
+    """Convert an RGB image to a tensor (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
@@ -37,7 +41,7 @@ def read_image(path: str | PathLike) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG whole, or not at all."""
+    """Write a PNG file atomically."""
     content = io.BytesIO()
     image.save(content, format="PNG")
     write_whole(path, content.getvalue())
@@ -46,3 +50,37 @@ def save_image(image: Image.Image, path: Path) -> None:
 def saturated_share(images: Tensor) -> Tensor:
     """Share of each image's colour values, (B,), that lie outside [0, 1]; images (B, 3, H, W)."""
     return ((images < 0) | (images > 1)).float().mean((1, 2, 3))
+
+
+class ImageWriter:
+    """Write PNG files on a worker thread, so that the GPU generates the next batch meanwhile.
+
+    A context manager; leaving it waits until all files are written. Every file is whole or absent. If one
+    cannot be written, `write` or the exit raises `UserError`, with `advice` at the end of its message.
+    """
+
+    def __init__(self, advice: str = ""):
+        self.advice = advice
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
+        self._pending: deque[tuple[Path, Future]] = deque()
+
+    def write(self, image: Image.Image, path: Path) -> None:
+        """Queue an image; wait while `MAX_PENDING` others are queued."""
+        while self._pending and (self._pending[0][1].done() or len(self._pending) >= MAX_PENDING):
+            self._finish_oldest()
+        self._pending.append((path, self._pool.submit(save_image, image, path)))
+
+    def __enter__(self) -> "ImageWriter":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._pool.shutdown()  # writes what is queued, also after an error
+        while self._pending and kind is None:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        path, future = self._pending.popleft()
+        try:
+            future.result()
+        except OSError as error:
+            raise UserError(f"{path.parent} cannot be written: {error}.{self.advice}") from error

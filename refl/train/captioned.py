@@ -1,4 +1,4 @@
-"""Captioned images in a folder: what the model's own training loss is taken on."""
+"""Captioned images for the pretraining loss, read from a folder."""
 
 from pathlib import Path
 
@@ -14,25 +14,25 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def read_captioned(folder: str | Path) -> list[tuple[Path, str]]:
-    """Images of `folder` with their captions, in order.
+    """List the images of `folder` with their captions, in order.
 
-    Captions are in metadata.jsonl (a line {"file_name": ..., "text": ...} for each image, as the datasets
-    library has it), or in a .txt file beside each image. Raises `UserError` with the place of the mistake.
+    Captions are in metadata.jsonl (one line {"file_name": ..., "text": ...} per image, the format of the
+    datasets library), or in a .txt file beside each image. Raises `UserError` with the place of a mistake.
     """
     folder = Path(folder)
     metadata = folder / "metadata.jsonl"
     if not folder.is_dir():
-        raise UserError(f"--pretrain_data {folder}: there is no such folder.")
+        raise UserError(f"--pretrain_data {folder}: no such folder.")
     if metadata.exists():
         pairs = _read_metadata(metadata)
     else:
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         pairs = [(file, _read_caption(file.with_suffix(".txt"))) for file in files]
     if not pairs:
-        raise UserError(f"--pretrain_data {folder}: no image in it ({', '.join(SUFFIXES)}).")
+        raise UserError(f"--pretrain_data {folder}: no image in this folder ({', '.join(SUFFIXES)}).")
     for file, _ in pairs:
         if not file.is_file():
-            raise UserError(f"{metadata}: there is no image {file}.")
+            raise UserError(f"{metadata}: no such image: {file}.")
     return pairs
 
 
@@ -55,19 +55,19 @@ def _read_caption(file: Path) -> str:
         return " ".join(file.read_text(encoding="utf-8").split())
     except FileNotFoundError as error:
         raise UserError(
-            f"--pretrain_data: no caption. Put it into {file}, or all of them into metadata.jsonl."
+            f"--pretrain_data: missing caption. Write it to {file}, or all captions to metadata.jsonl."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}).") from error
 
 
 def read_square(file: Path, side: int) -> Tensor:
-    """An image as (3, side, side) in [-1, 1]: turned as its camera says, short side to `side`, its middle
-    cut out. Raises `UserError` for a file that is no image."""
+    """Read an image as (3, side, side) in [-1, 1]: rotated by its EXIF orientation, resized so that the short
+    side is `side`, cropped to the centre. Raises `UserError` for an unreadable file."""
     try:
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file}: not an image that can be read.") from error
+        raise UserError(f"{file}: not a readable image.") from error
     square = np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.BICUBIC))
     return torch.from_numpy(square.copy()).permute(2, 0, 1).float() / 127.5 - 1

@@ -18,7 +18,7 @@ from refl.system.errors import UserError
 from refl.system.files import write_whole
 from refl.system.signals import Stopped
 from refl.train.batches import Inputs
-from refl.train.guard import Guard, Seen
+from refl.train.guard import Guard, ValidationMeans
 from refl.train.models import Models
 from refl.train.options import Options, run_fingerprint, to_save
 from refl.train.progress import Progress, pack_state, resume
@@ -207,14 +207,14 @@ class Run:
         progress = self.progress
         if self.options.early_stop:
             held_out, diversity = validation.held_out, validation.diversity
-            seen = Seen(
+            means = ValidationMeans(
                 progress.step,
                 rewards=validation.by_prompt(validation.rewards),
                 saturated=validation.by_prompt(validation.saturated),
                 held_out=None if held_out is None else validation.by_prompt(held_out),
                 diversity=None if diversity is None else diversity.tolist(),
             )
-            is_best = self.guard.look(seen)
+            is_best = self.guard.update(means)
             progress.guard = self.guard.state()
             if is_best and self.accelerator.is_main_process:
                 self.best_lora = self.lora(models)

@@ -1,0 +1,70 @@
+"""PNG files: exact round trips, and writing on another thread."""
+
+import threading
+
+from refl.system import images
+from refl.system.errors import UserError
+from refl.system.images import ImageWriter, save_image, to_pil, to_tensor
+
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    return to_pil(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def test_round_trip(image, tmp_path):
+    save_image(image, tmp_path / "0.png")
+    with Image.open(tmp_path / "0.png") as read:
+        torch.testing.assert_close(to_tensor(read), to_tensor(image), rtol=0, atol=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
+    values = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0])
+    row = to_tensor(to_pil(values.expand(3, 1, 5)))[0, 0]
+    torch.testing.assert_close(row, values.clamp(0, 1), rtol=0, atol=0.501 / 255)
+
+
+def test_writing_does_not_block_until_the_queue_is_full(image, tmp_path, monkeypatch):
+    released = threading.Event()
+
+    def slow(*arguments):
+        assert released.wait(60)
+        save_image(*arguments)
+
+    monkeypatch.setattr(images, "save_image", slow)
+    monkeypatch.setattr(images, "MAX_PENDING", 2)
+    with ImageWriter() as writer:
+        for index in range(2):
+            writer.write(image, tmp_path / f"{index}.png")  # returns although nothing can be written yet
+        third = threading.Thread(target=writer.write, args=(image, tmp_path / "2.png"))
+        third.start()
+        third.join(0.2)
+        assert third.is_alive() and not list(tmp_path.iterdir())
+        released.set()
+        third.join()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
+    for path in tmp_path.iterdir():
+        with Image.open(path) as read:
+            read.verify()
+
+
+def test_a_file_that_cannot_be_written(image, tmp_path):
+    with (
+        pytest.raises(UserError, match=f"{tmp_path}/none cannot be written: .*No such file.* Make it."),
+        ImageWriter(" Make it.") as writer,
+    ):
+        writer.write(image, tmp_path / "none" / "0.png")
+    with pytest.raises(UserError, match="cannot be written"), ImageWriter() as writer:
+        for _ in range(images.MAX_PENDING + 1):  # raises when the queue is full, or before
+            writer.write(image, tmp_path / "none" / "0.png")
+        pytest.fail("no error")
+
+
+def test_after_an_error_what_was_queued_is_written(image, tmp_path):
+    with pytest.raises(KeyError, match="of the drawing"), ImageWriter() as writer:
+        for index in range(5):
+            writer.write(image, tmp_path / f"{index}.png")
+        raise KeyError("of the drawing")
+    assert len(list(tmp_path.glob("?.png"))) == 5
