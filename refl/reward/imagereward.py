@@ -163,9 +163,12 @@ class ImageReward(nn.Module):
 
     def score_tokens(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """As `score_pixels`, for prompts as ids and mask, (B, tokens)."""
+        # Added to the attention scores, (B, 1, 1, tokens). transformers would look for zeros in a mask of two
+        # dimensions, which makes the CPU wait for the GPU.
+        padding = torch.zeros_like(mask, dtype=self.text.dtype).masked_fill(mask == 0, -math.inf)
         hidden = self.text(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=padding[:, None, None],
             encoder_hidden_states=self.vision(pixels.to(self.vision.dtype)).last_hidden_state,
         ).last_hidden_state  # (B, tokens, width)
         with torch.autocast(pixels.device.type, enabled=False):
