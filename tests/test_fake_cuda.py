@@ -51,7 +51,12 @@ def step(process, tiny):
     return run
 
 
-@pytest.mark.parametrize("name", CASES)
+DEFAULT_TIER = ("bf16", "low memory, all at once")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DEFAULT_TIER)) for name in CASES]
+)
 def test_a_step_stays_on_the_gpu_in_its_precision(step, name):
     case = CASES[name]
     report, dtype = step(case), fake_cuda_step.DTYPES[case.precision]

@@ -14,6 +14,7 @@ import gpu
 import gpu_tasks
 
 
+@pytest.mark.slow
 def test_the_command_checks_and_reports(tmp_path):
     run = run_script(
         "bash", "benchmarks/gpu.sh", "--size", "tiny", "--seconds", "900", "--only", "gradients_fp32",
