@@ -3,6 +3,7 @@
 python benchmarks/gpu_tasks.py gradients_bf16 --work_dir DIR --size tiny     # writes DIR/gradients_bf16.json
 """
 
+import gc
 import json
 import os
 import shutil
@@ -178,6 +179,7 @@ def memory_count(options: Options) -> Result:
         numbers[precision] = {"counted_gib": counted, "measured_gib": measured}
         ratios.append(measured / counted)
         del one
+        gc.collect()
         torch.cuda.empty_cache()
     detail = "; ".join(
         f"{name} {own['measured_gib']:.2f} GiB measured, {own['counted_gib']:.2f} counted"
@@ -299,33 +301,39 @@ def low_memory(options: Options) -> Result:
 # ----------------------------------------------------------------------------------------------- measurements
 
 
-def variants(options: Options, names: tuple[str, ...], precision: str = "bf16") -> Result:
-    """Variants of benchmarks/step.py against `ours`, in turn, one optimizer step each."""
+def variants(
+    options: Options,
+    names: tuple[str, ...],
+    precision: str = "bf16",
+    batch_size: int = 2,
+    micro_steps: int = 4,
+) -> Result:
+    """Variants of benchmarks/step.py against `ours`, in turn, one optimizer step each, at 512 x 512."""
     if options.size == "tiny" and {"torch_compile", "cuda_graphs"} & set(names):
         raise Skip("compiling takes longer than tiny models are worth")
     output = (Path(options.work_dir) / f"step-{options.task}").resolve()
     folder = weights_folder(options).resolve()
     shutil.rmtree(output, ignore_errors=True)
-    is_full = options.size == "full"
-    steps = ["40", "30", "39"] if is_full else ["4", "2", "3"]
-    command = [
-        sys.executable, "benchmarks/step.py", "--size=sd14", f"--checkpoint={folder}",
-        f"--output_dir={output}", f"--resolutions={resolution(options, 512)}", f"--precisions={precision}",
-        "--batch_sizes=2", "--num_inference_steps", steps[0], "--min_stop", steps[1], "--max_stop", steps[2],
-        "--rounds", "3" if is_full else "1", "--variants", "ours", *names,
-    ]  # fmt: skip
+    rollout, rounds = ("40", "30", "39"), "3"
+    if options.size == "tiny":
+        rollout, rounds = ("4", "2", "3"), "1"
+    settings = {
+        "size": "sd14", "checkpoint": str(folder), "output_dir": str(output), "precisions": precision,
+        "resolutions": str(resolution(options, 512)), "batch_sizes": str(batch_size),
+        "gradient_accumulation_steps": str(micro_steps), "rounds": rounds,
+        **dict(zip(("num_inference_steps", "min_stop", "max_stop"), rollout, strict=True)),
+    }  # fmt: skip
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "benchmarks/step.py", *flags, "--variants", "ours", *names]
     subprocess.run(command, cwd=ROOT, check=True)
     [case] = json.loads((output / "results.json").read_text())["results"]
     found = case["variants"]
     if "error" in found["ours"]:
         return Result("error", found["ours"]["error"], found)
-    parts = [f"ours {found['ours']['images_per_second']:.3g} images/s"]
-    for other in names:
-        own = found[other]
-        parts.append(
-            f"{other} {own['error'] if 'error' in own else format(own['seconds_to_first'][1], '.2f')}"
-        )
-    return Result("measured", "; ".join(parts) + " times as long", found)
+    times = {name: own.get("error") or f"{own['seconds_to_first'][1]:.2f}" for name, own in found.items()}
+    detail = ", ".join(f"{name} {times[name]}" for name in names)
+    speed = found["ours"]["images_per_second"]
+    return Result("measured", f"ours {speed:.3g} images/s; seconds, ours = 1: {detail}", found)
 
 
 TASKS: dict[str, Callable[[Options], Result]] = {
@@ -344,8 +352,9 @@ TASKS: dict[str, Callable[[Options], Result]] = {
     "baseline": partial(
         variants, names=("no_lean", "no_batched_rollout", "peft_lora", "fused_adamw", "baseline")
     ),
-    "torch_compile": partial(variants, names=("torch_compile",)),
-    "cuda_graphs": partial(variants, names=("cuda_graphs",)),
+    # One micro-batch, because each number of images that is rolled out together is compiled by itself.
+    "torch_compile": partial(variants, names=("torch_compile",), batch_size=4, micro_steps=1),
+    "cuda_graphs": partial(variants, names=("cuda_graphs",), batch_size=4, micro_steps=1),
     "fp16": partial(variants, names=("baseline",), precision="fp16"),
     "fp32": partial(variants, names=("baseline",), precision="fp32"),
 }
