@@ -25,6 +25,7 @@ from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
@@ -79,7 +80,11 @@ VARIANTS = {
     "torch_compile": "ours with UNet, decoder and reward compiled",
     "cuda_graphs": "the same, launched as CUDA graphs",
     "fused_adamw": "ours with AdamW's fused kernel",
+    "cudnn_benchmark": "ours with convolutions by the algorithm that cuDNN finds fastest for their size",
+    "expandable_segments": "ours with an allocator whose segments grow, which wastes less to fragments",
 }
+# What torch reads once, when a process starts.
+ENVIRONMENT = {"expandable_segments": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}}
 
 
 @dataclass
@@ -149,6 +154,7 @@ class Step:
 
     def __init__(self, variant: str, options: Options, case: Case):
         self.variant = variant
+        torch.backends.cudnn.benchmark = variant == "cudnn_benchmark"
         self.is_compiled = variant in ("torch_compile", "cuda_graphs")
         precision = {"fp32": "no"}.get(case.precision, case.precision)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
@@ -364,7 +370,8 @@ def measure(options: Options, case: Case) -> dict[str, list[dict]]:
     for name in names:
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(name, options, case, theirs), daemon=True)
-        process.start()
+        with patch.dict(os.environ, ENVIRONMENT.get(name, {})):
+            process.start()
         theirs.close()
         workers[name] = process, ours
     found = {name: [] for name in names}

@@ -14,7 +14,7 @@ from refl.reward import imagereward
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import BlipTextConfig, BlipVisionConfig, CLIPTextConfig, CLIPTextModel
+from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPTextConfig, CLIPTextModel
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -49,23 +49,8 @@ def write_checkpoint(folder: str | Path, size: str, seed: int = 0) -> Path:
     folder, spec = Path(folder), SIZES[size]
     torch.manual_seed(seed)
     model = folder / "stable-diffusion-v1-4"
-    unet = UNet2DConditionModel(
-        sample_size=spec["sample_size"],
-        cross_attention_dim=spec["clip"]["width"],
-        attention_head_dim=spec["attention_heads"],  # the number of heads, by an old misnomer
-        down_block_types=DOWN,
-        up_block_types=UP,
-        **spec["unet"],
-    )
-    unet.half().save_pretrained(model / "unet")
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        sample_size=spec["sample_size"] * 8,
-        **spec["vae"],
-    )
-    vae.half().save_pretrained(model / "vae")
+    make_unet(spec).half().save_pretrained(model / "unet")
+    make_vae(spec).half().save_pretrained(model / "vae")
     write_clip(model, **spec["clip"])
     (model / "scheduler").mkdir()
     write_json(
@@ -98,6 +83,29 @@ def write_checkpoint(folder: str | Path, size: str, seed: int = 0) -> Path:
     )
     write_reward(folder, spec)
     return folder
+
+
+def make_unet(spec: dict) -> UNet2DConditionModel:
+    """A UNet with random weights, of one of `SIZES`."""
+    return UNet2DConditionModel(
+        sample_size=spec["sample_size"],
+        cross_attention_dim=spec["clip"]["width"],
+        attention_head_dim=spec["attention_heads"],  # the number of heads, by an old misnomer
+        down_block_types=DOWN,
+        up_block_types=UP,
+        **spec["unet"],
+    )
+
+
+def make_vae(spec: dict) -> AutoencoderKL:
+    """A VAE with random weights, of one of `SIZES`."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        sample_size=spec["sample_size"] * 8,
+        **spec["vae"],
+    )
 
 
 def write_clip(model: Path, width: int, layers: int, heads: int, tokens: int, vocabulary: int) -> None:
@@ -152,30 +160,7 @@ def write_reward(folder: Path, spec: dict) -> None:
     (folder / "bert-base-uncased" / "vocab.txt").write_text("\n".join(words) + "\n")
     tokenizer_config = {"do_lower_case": True, "model_max_length": 512, "tokenizer_class": "BertTokenizer"}
     write_json(folder / "bert-base-uncased" / "tokenizer_config.json", tokenizer_config)
-    model = imagereward.ImageReward(
-        BlipVisionConfig(
-            hidden_size=vision["width"],
-            intermediate_size=4 * vision["width"],
-            num_hidden_layers=vision["layers"],
-            num_attention_heads=vision["heads"],
-            image_size=vision["image"],
-            patch_size=vision["patch"],
-            layer_norm_eps=1e-6,
-            initializer_range=0.02,
-        ),
-        BlipTextConfig(
-            vocab_size=bert["vocabulary"] + 2,
-            hidden_size=bert["width"],
-            encoder_hidden_size=vision["width"],
-            intermediate_size=4 * bert["width"],
-            num_hidden_layers=bert["layers"],
-            num_attention_heads=bert["heads"],
-            bos_token_id=None,
-            sep_token_id=None,
-        ),
-        imagereward.load_tokenizer(folder / "bert-base-uncased"),
-        spec["head"],
-    )
+    model = make_reward(spec, imagereward.load_tokenizer(folder / "bert-base-uncased"))
     with torch.no_grad():  # every one random, at a scale that makes scores of images and prompts differ
         for name, weight in model.named_parameters():
             is_norm = "norm" in name.lower() and weight.ndim == 1
@@ -201,6 +186,35 @@ def write_reward(folder: Path, spec: dict) -> None:
     if vision["heads"] != 16:
         med_config["vision_num_attention_heads"] = vision["heads"]
     write_json(folder / "med_config.json", med_config)
+
+
+def make_reward(spec: dict, tokenizer: BertTokenizer) -> imagereward.ImageReward:
+    """An ImageReward as transformers initialises it, of one of `SIZES`."""
+    bert, vision = spec["bert"], spec["vision"]
+    return imagereward.ImageReward(
+        BlipVisionConfig(
+            hidden_size=vision["width"],
+            intermediate_size=4 * vision["width"],
+            num_hidden_layers=vision["layers"],
+            num_attention_heads=vision["heads"],
+            image_size=vision["image"],
+            patch_size=vision["patch"],
+            layer_norm_eps=1e-6,
+            initializer_range=0.02,
+        ),
+        BlipTextConfig(
+            vocab_size=bert["vocabulary"] + 2,
+            hidden_size=bert["width"],
+            encoder_hidden_size=vision["width"],
+            intermediate_size=4 * bert["width"],
+            num_hidden_layers=bert["layers"],
+            num_attention_heads=bert["heads"],
+            bos_token_id=None,
+            sep_token_id=None,
+        ),
+        tokenizer,
+        spec["head"],
+    )
 
 
 def write_json(path: Path, value: dict) -> None:

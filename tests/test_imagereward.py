@@ -102,10 +102,17 @@ def tanh_gelu(reward):
         layer.mlp.activation_fn = torch.nn.GELU(approximate="tanh")
 
 
+def causal_text(reward):
+    def change(forward, args, kwargs):
+        padding = kwargs["attention_mask"]  # (B, 1, 1, tokens), 0 or -inf
+        later = torch.full((padding.shape[-1],) * 2, -torch.inf, dtype=padding.dtype).triu(1)
+        return forward(*args, **kwargs | {"attention_mask": padding + later})
+
+    wrap(reward.text, change)
+
+
 WRONG_CHOICES = {
-    "causal text": lambda reward: wrap(
-        reward.text, lambda forward, args, kwargs: forward(*args, **kwargs, is_decoder=True, use_cache=False)
-    ),
+    "causal text": causal_text,
     "image normalised twice": twice_normalised,
     "no text mask": lambda reward: wrap(
         reward.text, lambda forward, args, kwargs: forward(*args, **kwargs | {"attention_mask": None})

@@ -167,9 +167,13 @@ class ImageReward(nn.Module):
         if isinstance(prompts, str) or [type(prompt) for prompt in prompts] != [str] * len(pixels):
             raise UserError(f"{len(pixels)} images need as many prompts, in a list; got {prompts!r:.80}.")
         tokens = self.tokenize(prompts).to(pixels.device, non_blocking=True)
+        # Added to the attention scores, (B, 1, 1, tokens). transformers would look for zeros in a mask of two
+        # dimensions, which makes the CPU wait for the GPU.
+        mask = tokens.attention_mask
+        padding = torch.zeros_like(mask, dtype=self.text.dtype).masked_fill(mask == 0, -math.inf)
         hidden = self.text(
             input_ids=tokens.input_ids,
-            attention_mask=tokens.attention_mask,
+            attention_mask=padding[:, None, None],
             encoder_hidden_states=self.vision(pixels.to(self.vision.dtype)).last_hidden_state,
         ).last_hidden_state  # (B, tokens, width)
         with torch.autocast(pixels.device.type, enabled=False):

@@ -1,0 +1,113 @@
+"""A training step, a validation and offloading on fake CUDA tensors: devices, dtypes and host syncs.
+
+No GPU is needed, and no value is computed. Skipped where there is no C++ compiler.
+"""
+
+import shutil
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+
+import fake_cuda
+import fake_cuda_step
+import pytest
+import torch
+from fake_cuda_step import Case, Report
+
+FLOAT32 = {("cuda", torch.float32)}
+CASES = {
+    "bf16": Case(),
+    "fp32 with gradient checkpointing": Case("fp32", gradient_checkpointing=True),
+    "fp16, guided": Case("fp16", guidance=(3.0, 3.0)),
+    "guided in the rollout alone, the LoRA off for the empty prompt": Case(
+        stops=(1, 0), guidance=(3.0, 1.0), lora_in_uncond=False
+    ),
+    "noise distance and pretraining": Case(noise_distance_weight=1.0, pretrain_weight=0.5),
+    "low memory, all at once": Case(
+        "fp16", (3.0, 3.0), low_memory=True, noise_distance_weight=1.0, pretrain_weight=0.5
+    ),
+    "full size": Case(is_full_size=True),
+}
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory) -> ProcessPoolExecutor:
+    if not shutil.which("g++"):
+        pytest.skip("fake CUDA needs a C++ compiler, g++")
+    try:
+        library = fake_cuda.build_guard(tmp_path_factory.mktemp("cuda_guard"))
+    except subprocess.CalledProcessError as error:
+        pytest.fail(f"the device guard does not compile: {error.stderr}")
+    with fake_cuda.start_process(library) as process:
+        yield process
+
+
+@pytest.fixture
+def step(process, tiny):
+    """An optimizer step of a `Case` in that process."""
+
+    def run(case: Case) -> Report:
+        return fake_cuda.call(process, fake_cuda_step.optimizer_step, tiny, case)
+
+    return run
+
+
+DEFAULT_TIER = ("bf16", "low memory, all at once")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DEFAULT_TIER)) for name in CASES]
+)
+def test_a_step_stays_on_the_gpu_in_its_precision(step, name):
+    case = CASES[name]
+    report, dtype = step(case), fake_cuda_step.DTYPES[case.precision]
+    assert report.syncs == {} and report.float64 == {}
+    assert report.gradients == report.lora == FLOAT32
+    expected = {
+        "rollout": {dtype},
+        "decode": {torch.float32 if dtype == torch.float16 else dtype},  # it overflows in float16
+        "reward": {dtype, torch.float32},  # its head and its score are in float32
+        "grad_step": {dtype},
+    } | ({"pretraining": {dtype}} if case.pretrain_weight else {})
+    assert {phase: report.dtypes[phase] for phase in expected} == expected
+    # Once an optimizer step, after the last micro-batch: a flag is sent, loss and flag are read, the gradient
+    # norm is read, and GradScaler reads whether a gradient overflowed.
+    assert report.update_syncs.total() == 3 + (dtype == torch.float16)
+
+
+def test_the_first_gradient_of_a_reward_costs_three_reads(step):
+    assert step(Case(is_proven=False)).syncs.total() == 3
+
+
+def test_a_validation_sends_and_reads_once(process, tiny):
+    report = fake_cuda.call(process, fake_cuda_step.validation, tiny, Case(low_memory=True))
+    assert report.syncs.total() == 2
+
+
+# ---------------------------------------------------------------------- faults that these tests must not miss
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("batch on the CPU", "cpu"),
+        ("CPU tensor", "cpu"),
+        ("boolean mask", "index"),
+        ("float32 layer", "dtypes"),
+        ("float16 LoRA", "dtype"),
+    ],
+)
+def test_a_wrong_device_or_dtype_is_an_error(step, fault, message):
+    with pytest.raises(fake_cuda.FakeCudaError, match=f"(?i){message}"):
+        step(Case(fault=fault))
+
+
+def test_host_syncs_are_found_at_their_lines(step):
+    report = step(Case(fault="syncs"))
+    operations = sorted(where.partition(",")[0] for where in report.syncs)
+    scalar, copy = "aten._local_scalar_dense.default", "aten._to_copy.default"
+    assert operations == [scalar, scalar, copy, copy, "tolist"]
+    assert all("fake_cuda_step.py" in where for where in report.syncs)
+
+
+def test_float64_is_found(step):
+    assert step(Case(fault="float64")).float64
