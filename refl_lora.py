@@ -27,7 +27,6 @@ Start it with train_refl_lora.sh. `refl_lora.py --help` explains every option.
 """
 
 import math
-import os
 import signal
 import sys
 import time
@@ -39,11 +38,12 @@ from refl.model.conditioning import Conditioning
 from refl.model.lean import lora_cast_once, lora_off
 from refl.preflight import doctor
 from refl.system import devices
-from refl.system.errors import UserError, is_first_process, run_as_command
+from refl.system.distributed import make_accelerator, process_group
+from refl.system.errors import UserError, run_as_command
 from refl.system.images import saturated_share
 from refl.system.signals import Stopped, StopSignals
 from refl.system.timing import Phases
-from refl.train.batches import Batches, MicroBatch, Pretraining, read_inputs
+from refl.train.batches import Batches, MicroBatch, read_inputs
 from refl.train.metrics import Metrics, nonfinite
 from refl.train.models import Models, load_models
 from refl.train.options import read_options
@@ -52,7 +52,6 @@ from refl.train.update import Updater
 from refl.train.validation import Validator
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -141,38 +140,38 @@ def lora_gradient(
     batch: MicroBatch,
     latents: Tensor,
     upstream: Tensor,
-    noise_distance_weight: float = 0.0,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+    noise_distance_weight: float = 0.0,
+    pretrain_weight: float = 0.0,
 ) -> tuple[Gradients, dict[str, Tensor]]:
     """d loss / d LoRA = <upstream, d x0 / d LoRA> through the UNet, where `upstream` is d loss / d x0.
 
-    With a weight, the mean squared distance to the base model's output is part of the loss and returned.
+    Adds the scaled gradients of the regularisers that have a weight, and returns their values, not weighted.
     """
     at_stop = latents, batch.plan.stop, batch.conditioning, models.guidance[1]
-    if noise_distance_weight:
-        with phase("grad_step"), torch.no_grad(), lora_off(models.base.unet):
-            base_output = models.predict(*at_stop)
+    losses, upstreams, regularisers = [], [upstream], {}
     with phase("grad_step"):
         output = models.predict(*at_stop)
-        x0 = models.schedule.predict_x0(latents, output, batch.plan.stop)
-    losses, upstreams, regularisers = [x0], [upstream], {}
-    if noise_distance_weight:
+        losses.append(models.schedule.predict_x0(latents, output, batch.plan.stop))
+    if noise_distance_weight:  # ||eps - eps_base||^2, the distance to the base model's prediction
+        with phase("grad_step"), torch.no_grad(), lora_off(models.base.unet):
+            base_output = models.predict(*at_stop)
         distance = (output - base_output).square().mean()
         losses.append(scale(noise_distance_weight * distance))
         upstreams.append(None)
         regularisers["noise_distance"] = distance.detach()
     with phase("backward"):
-        return torch.autograd.grad(losses, models.lora, upstreams), regularisers
-
-
-def pretraining_gradient(
-    models: Models, batch: Pretraining, weight: float, scale: Callable[[Tensor], Tensor]
-) -> tuple[Gradients, Tensor]:
-    """d / d LoRA of weight * ||eps - eps(z_t, t, c)||^2, the denoising loss, and the loss itself."""
-    output = models.base.denoise(batch.latents, batch.timesteps, batch.conditioning.prompt)
-    loss = (output - batch.target).square().mean()
-    return torch.autograd.grad(scale(weight * loss), models.lora), loss.detach()
+        gradients = torch.autograd.grad(losses, models.lora, upstreams)
+    if batch.pretraining:  # ||eps - eps(z_t, t, c)||^2, the base model's own denoising loss
+        with phase("pretraining"):
+            noised = batch.pretraining
+            output = models.base.denoise(noised.latents, noised.timesteps, noised.conditioning.prompt)
+            loss = (output - noised.target).square().mean()
+            denoising = torch.autograd.grad(scale(pretrain_weight * loss), models.lora)
+            gradients = torch._foreach_add(gradients, denoising)
+        regularisers["pretraining"] = loss.detach()
+    return tuple(gradients), regularisers
 
 
 def refl_step(
@@ -206,21 +205,16 @@ def refl_step(
         with models.on_device(models.base.unet):
             for batch, (latents, _), (result, upstream) in zip(group, rolled_out, scored, strict=True):
                 gradients, regularisers = lora_gradient(
-                    models, batch, latents, upstream * batch.plan.weight, noise_distance_weight, scale, phase
+                    models, batch, latents, upstream * batch.plan.weight, scale, phase, *weights.values()
                 )
-                if batch.pretraining:
-                    with phase("pretraining"):
-                        denoising, regularisers["pretraining"] = pretraining_gradient(
-                            models, batch.pretraining, pretrain_weight, scale
-                        )
-                    gradients = torch._foreach_add(gradients, denoising)
                 loss = result.loss + sum(weights[name] * value for name, value in regularisers.items())
-                yield replace(result, loss=loss, regularisers=regularisers), tuple(gradients)
+                yield replace(result, loss=loss, regularisers=regularisers), gradients
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 
+@process_group()
 def main() -> None:
     """Options, models, data, loop, save."""
     # ---- options
@@ -229,12 +223,11 @@ def main() -> None:
     inputs = read_inputs(options)
     if options.check:
         return
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.mixed_precision)
+    accelerator = make_accelerator(options.mixed_precision)
     device, world = accelerator.device, accelerator.num_processes
-    dtype = devices.DTYPES[accelerator.mixed_precision]
-    if options.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, no GPU being visible"
+    dtype = devices.weight_dtype(accelerator.mixed_precision)
+    devices.set_tf32(options.allow_tf32)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU (no GPU is visible)"
     accelerator.print(f"{world} process{'' if world == 1 else 'es'} on {name}, frozen parts in {dtype}")
     run = Run(options, inputs, accelerator)
     if run.is_finished:
@@ -319,7 +312,7 @@ def main() -> None:
     except (Stopped, UserError) as error:
         ending = error
     except RuntimeError as error:
-        ending = lost_process(error, signals, run.progress.step)
+        ending = run.ending(error, signals)
     bar.close()
 
     # ---- save
@@ -333,31 +326,7 @@ def main() -> None:
     if ending:
         raise ending
     run.finish(models, time.perf_counter() - started)
-    accelerator.end_training()
-
-
-def lost_process(error: RuntimeError, signals: StopSignals, step: int) -> Stopped | UserError:
-    """How to end when a collective fails because another process has ended; re-raises any other error."""
-    if not isinstance(error, torch.distributed.DistBackendError) and "gloo/transport" not in str(error):
-        raise error
-    if signals.received:
-        return Stopped(signals.received)
-    return UserError(
-        f"another process ended, so this one stopped after step {step}. The other printed the reason, if it "
-        "could; the same command resumes from here."
-    )
-
-
-def memory_advice() -> str:
-    """What to do when the GPU's memory does not suffice."""
-    if not is_first_process():
-        return "python -m refl doctor, with the same options, says what others would need."
-    options = read_options(sys.argv[1:])
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    options.mixed_precision = options.mixed_precision or launched
-    print("out of GPU memory; counting what other options would need ...", file=sys.stderr, flush=True)
-    return doctor.memory_advice(options)
 
 
 if __name__ == "__main__":
-    run_as_command(main, memory_advice)
+    run_as_command(main, doctor.memory_advice_for_training)

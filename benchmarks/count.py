@@ -16,7 +16,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-import refl_lora
 from refl.model.drawing import DTYPES
 from refl.model.lean import (
     lora_cast_once,
@@ -26,6 +25,7 @@ from refl.model.stable_diffusion import decode
 from refl.preflight import memory
 from refl.reward import imagereward
 from refl.system.files import write_whole
+from refl.train.options import Options as TrainingOptions
 
 import baseline_step
 import torch
@@ -190,7 +190,7 @@ def main() -> None:
         (256, "bf16", 1),
         (768, "bf16", 1),
     ):
-        train = refl_lora.Options(
+        train = TrainingOptions(
             pretrained_model_name_or_path=folders[0],
             reward_path=folders[1],
             train_batch_size=batch_size,

@@ -25,6 +25,7 @@ import refl_lora
 from refl.model import offload
 from refl.preflight import memory
 from refl.system.files import write_whole
+from refl.train.options import Options as TrainingOptions
 
 import step
 import torch
@@ -166,7 +167,7 @@ def memory_count(options: Options) -> Result:
     """Memory of a step as it is counted beforehand against torch's allocator, at 512 x 512, batch 2."""
     require_gpus(1)
     numbers, ratios = {}, []
-    own = refl_lora.Options(
+    own = TrainingOptions(
         pretrained_model_name_or_path=str(weights_folder(options) / "stable-diffusion-v1-4"),
         reward_path=str(weights_folder(options)), train_batch_size=2, gradient_accumulation_steps=4,
     )  # fmt: skip

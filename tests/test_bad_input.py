@@ -8,6 +8,7 @@ from refl.model.folder import count_weights
 from refl.model.lora import LORA_FILE, read_metadata
 from refl.system import prompts
 from refl.system.errors import UserError
+from refl.train.options import Options, read_options
 
 import pytest
 import torch
@@ -229,13 +230,13 @@ def test_any_bytes_for_an_options_file(tmp_path, content):
 
 def expect_options_or_a_message(path):
     try:
-        read = refl_lora.read_options([f"--options_file={path}"])
+        read = read_options([f"--options_file={path}"])
     except UserError as error:
         assert str(path) in str(error)
     except SystemExit as error:  # tyro has printed what is wrong
         assert error.code == 2
     else:
-        assert isinstance(read, refl_lora.Options)
+        assert isinstance(read, Options)
 
 
 TENSOR = st.fixed_dictionaries(

@@ -16,6 +16,7 @@ from refl.system import randomness
 from refl.system.errors import UserError
 from refl.train.batches import MicroBatch
 from refl.train.models import Models
+from refl.train.options import Options
 from refl.train.plan import Plan
 
 import pytest
@@ -36,7 +37,7 @@ def test_live_bytes_are_those_of_storages():
 
 @pytest.fixture
 def options(tiny):
-    return refl_lora.Options(
+    return Options(
         pretrained_model_name_or_path=str(tiny / "stable-diffusion-v1-4"),
         reward_path=str(tiny),
         train_batch_size=3,
@@ -191,7 +192,7 @@ def test_out_of_memory_says_what_to_change(training_options, tmp_path, monkeypat
             monkeypatch.setenv("LOCAL_RANK", rank)
 
     with pytest.raises(SystemExit) as ended:
-        refl_lora.run_as_command(on_that_rank, refl_lora.memory_advice)
+        refl_lora.run_as_command(on_that_rank, doctor.memory_advice_for_training)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in error
     assert "memory does not suffice (CUDA out of memory)" in error

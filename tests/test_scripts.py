@@ -17,6 +17,7 @@ from refl.model.lora import read_metadata
 from refl.report.log import LAYOUT
 from refl.system.errors import UserError
 from refl.train import models
+from refl.train.options import Options
 
 import numpy as np
 import pytest
@@ -207,7 +208,7 @@ def test_options_train(training_options, tmp_path, monkeypatch, options):
 def test_help_explains_every_option(monkeypatch, capsys):
     run = run_command(refl_lora, monkeypatch, capsys, "--help")
     assert run.returncode == 0
-    for option in dataclasses.fields(refl_lora.Options):
+    for option in dataclasses.fields(Options):
         assert f"--{option.name}" in run.stdout
 
 

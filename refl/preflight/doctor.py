@@ -28,11 +28,11 @@ from refl.model.folder import (
     resolution_of,
 )
 from refl.system import devices
-from refl.system.errors import UserError
+from refl.system.errors import UserError, is_first_process
 from refl.system.files import check_output_folder, require
 from refl.system.prompts import read_prompts
 from refl.train.options import Options as TrainingOptions
-from refl.train.options import check_values, saved_arguments
+from refl.train.options import check_values, read_options, saved_arguments
 
 import torch
 
@@ -192,6 +192,16 @@ def memory_advice(options: Any) -> str:
     ways = memory.advice(options, *_dtype_and_resolution(options))
     others = "Choose other GPUs by CUDA_VISIBLE_DEVICES, or a lower --resolution"
     return f"{others}, or one of these, with what it needs:\n{ways}" if ways else f"{others}."
+
+
+def memory_advice_for_training() -> str:
+    """What to do when training, with the command line's options, runs out of GPU memory."""
+    if not is_first_process():
+        return "python -m refl doctor, with the same options, says what others would need."
+    options = read_options(sys.argv[1:])
+    options.mixed_precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    print("out of GPU memory; counting what other options would need ...", file=sys.stderr, flush=True)
+    return memory_advice(options)
 
 
 def _dtype_and_resolution(options: Any) -> tuple[Any, int]:

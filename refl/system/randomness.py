@@ -25,9 +25,6 @@ class Stream(IntEnum):
     TIMESTEPS = 5
 
 
-NOISE, STOP, PROMPTS, VALIDATION, PRETRAINING, TIMESTEPS = Stream  # for callers that do not name the enum yet
-
-
 def noise(key: Sequence[int], indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise, (len(indices), *shape) float32; row i depends on `key` and `indices[i]` only."""
     rows = [

@@ -9,6 +9,7 @@ from refl.model.conditioning import Conditioning, Embeds
 from refl.model.folder import resolution_of
 from refl.system import devices, randomness
 from refl.system.prompts import prompt_index, read_prompts
+from refl.system.randomness import Stream
 from refl.train.captioned import read_captioned, read_square
 from refl.train.models import Models
 from refl.train.options import Options
@@ -117,7 +118,7 @@ class Batches:
     def _micro_batch(self, step: int, micro_step: int) -> MicroBatch:
         key = (self.options.seed, step, micro_step)
         plan = self.plan(self.options, self.models.schedule, step, micro_step)
-        noise_key = (randomness.NOISE, *key)
+        noise_key = (Stream.NOISE, *key)
         prompts = self._prompts(step, micro_step)
         return MicroBatch(
             prompts=prompts,
@@ -140,9 +141,9 @@ class Batches:
         schedule, key = self.models.schedule, (self.options.seed, step, micro_step)
         chosen = self._choose(step, micro_step, len(self.latents))
         latents = torch.stack([self.latents[index] for index in chosen])
-        noise = randomness.noise((randomness.PRETRAINING, *key), self.indices, self.noise_shape)
+        noise = randomness.noise((Stream.PRETRAINING, *key), self.indices, self.noise_shape)
         timesteps = randomness.timesteps(
-            (randomness.TIMESTEPS, *key), self.indices, len(schedule.training_alphas_cumprod)
+            (Stream.TIMESTEPS, *key), self.indices, len(schedule.training_alphas_cumprod)
         )
         return Pretraining(
             latents=schedule.add_noise(latents, noise, timesteps),

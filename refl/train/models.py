@@ -98,7 +98,7 @@ def _offload(models: Models, device: torch.device) -> None:
     """Move the LoRA alone to `device`; pin everything frozen in host memory."""
     for matrix in models.lora:
         matrix.data = matrix.data.to(device)
-    models.on_device = partial(offload.visit, device)
+    models.on_device = partial(offload.on_device, device)
     if device.type == "cuda":
         held_out = models.held_out.modules() if models.held_out else []
         for model in (models.base.unet, models.base.vae, *models.rewards.modules(), *held_out):

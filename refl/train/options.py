@@ -80,9 +80,9 @@ class Options:
     grad_scale: float = 0.01
     """Factor on the loss. AdamW nearly cancels it.
     It matters against --max_grad_norm, --adam_epsilon and the weights of regularisers only."""
-    reward_target: float | None = 2.0
-    """Images whose reward, the weighted sum of all, is above this get no gradient.
-    None: maximise the plain reward."""
+    reward_target: float | Literal["default"] | None = "default"
+    """Images whose reward, the weighted sum of all, is above this get no gradient; None: no such limit.
+    default: the reward's own, 2.0 for ImageReward as published."""
     num_inference_steps: int = 40
     """DDPM steps from noise to image."""
     min_stop: int = 30
@@ -170,9 +170,14 @@ def read_options(arguments: list[str]) -> Options:
     import tyro  # only here: the doctor, which has the same options, looks whether it is there
 
     options = tyro.cli(Options, args=arguments, use_underscores=True)
-    if options.options_file is None:
-        return options
-    return tyro.cli(Options, args=[*saved_arguments(options.options_file), *arguments], use_underscores=True)
+    if options.options_file:
+        arguments = [*saved_arguments(options.options_file), *arguments]
+        options = tyro.cli(Options, args=arguments, use_underscores=True)
+    if options.reward_target == "default":
+        from refl.reward import rewards  # likewise
+
+        options.reward_target = rewards.default_target(options.reward)
+    return options
 
 
 def saved_arguments(options_file: str) -> list[str]:
@@ -254,7 +259,11 @@ def check_values(options: Options) -> None:
         ),
         ("adam_beta1 adam_beta2 lora_shrinkage", lambda v: 0 <= v < 1, "be at least 0 and below 1"),
         ("max_grad_norm", lambda v: v > 0, "be positive; inf does not clip"),
-        ("reward_target", lambda v: v is None or math.isfinite(v), "be a number, or None"),
+        (
+            "reward_target",
+            lambda v: v in (None, "default") or math.isfinite(v),
+            "be a number, or None",
+        ),
         ("use_8bit_adam", lambda v: not v or find_spec("bitsandbytes"), "have: pip install bitsandbytes"),
         ("decode_batch_size", lambda v: v == 1 or not o.low_memory, "be 1 with --low_memory"),
         (

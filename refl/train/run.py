@@ -14,9 +14,10 @@ from refl.model.lora import KOHYA_FILE, LORA_FILE, pack_lora, to_kohya, unpack_l
 from refl.report import card
 from refl.report.log import Log
 from refl.system import checkpoints
+from refl.system.distributed import is_peer_lost
 from refl.system.errors import UserError
 from refl.system.files import write_whole
-from refl.system.signals import Stopped
+from refl.system.signals import Stopped, StopSignals
 from refl.train.batches import Inputs
 from refl.train.guard import Guard, ValidationMeans
 from refl.train.models import Models
@@ -198,6 +199,17 @@ class Run:
         self.accelerator.print(
             f"stopped by {stopped.name} after {self.progress.step} steps; {again} resumes after step "
             f"{self.saved_step}"
+        )
+
+    def ending(self, error: RuntimeError, signals: StopSignals) -> Stopped | UserError:
+        """How a run ends when another process has ended; raises any other error again."""
+        if not is_peer_lost(error):
+            raise error
+        if signals.received:
+            return Stopped(signals.received)
+        return UserError(
+            f"another process ended, so this one stopped after step {self.progress.step}. The other printed "
+            "the reason, if it could; the same command resumes from here."
         )
 
     # ---- validation

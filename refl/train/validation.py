@@ -9,6 +9,7 @@ from refl.report.sheets import MAX_IMAGES, sheet
 from refl.reward import rewards
 from refl.system import randomness
 from refl.system.images import saturated_share, to_pil
+from refl.system.randomness import Stream
 from refl.train.batches import Batches, MicroBatch
 from refl.train.models import Models
 from refl.train.options import Options
@@ -85,7 +86,7 @@ class Validator:
         indices = [index % len(self.prompts) for index in indices]
         prompts = [self.prompts[index] for index in indices]
         last = len(self.models.schedule.timesteps) - 1
-        noise_key = (randomness.VALIDATION, self.options.seed)
+        noise_key = (Stream.VALIDATION, self.options.seed)
         noise = randomness.noise(noise_key, indices, (last + 1, *self.batches.noise_shape))
         batch = MicroBatch(prompts, self.batches.condition(prompts), noise, Plan((last,)))
         [(_, x0)] = self.rollout(self.models, [batch.to(self.accelerator.device)])
