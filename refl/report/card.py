@@ -126,7 +126,7 @@ def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:
         "images": images,
         "validation": _first_and_last(scalars.get("validation/reward", []), step),
         "time": _time(scalars),
-        "data": _data(options, state.get("decides", {})),
+        "data": _data(options, state.get("fingerprint", {})),
     }
     return facts, files
 
@@ -195,12 +195,12 @@ def _time(scalars: dict[str, list]) -> str | None:
     return f"The {len(steps)} logged steps took {minutes:.1f} minutes and ended on {day} (UTC)."
 
 
-def _data(options: dict, decides: dict) -> list[str]:
+def _data(options: dict, fingerprint: dict) -> list[str]:
     """Describe the training and validation data; prompts are counted if their file has not changed since."""
     lines = []
     if path := options.get("prompts"):
         line = f"Trained on the prompts of {code(Path(str(path)).name)}"
-        if digest := decides.get("prompts"):
+        if digest := fingerprint.get("prompts"):
             try:
                 prompts = read_prompts(str(path))
             except UserError:

@@ -1,4 +1,4 @@
-"""The options of a training: what each means, which values it may have, what a run's result depends on."""
+"""The options of a training run: meaning, valid values, and which of them its result depends on."""
 
 import dataclasses
 import hashlib
@@ -23,30 +23,30 @@ class Options:
     """Check everything that can be checked without loading weights, then stop.
     Exit code 2 if something is wrong."""
 
-    # What is trained, by what, on what
+    # Model, reward, data
     pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
     """Folder of the text-to-image model, in diffusers' layout."""
     reward: str = "imagereward"
-    """What to maximise: imagereward, a function of your own as module:function, or a weighted sum.
-    Such a sum is imagereward:1.0,my_rewards:redness:0.5."""
+    """The reward to maximise: imagereward, your own function as module:function, or a weighted sum
+    such as imagereward:1.0,my_rewards:redness:0.5."""
     reward_path: str = "checkpoint"
     """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
     prompts: str = "data/train_prompts.txt"
     """Training prompts: .txt, .json, .jsonl or .csv."""
     validation_prompts: str = "data/held_out_prompts.txt"
-    """Prompts never trained on; the first --num_validation_images of them are drawn again and again."""
+    """Prompts that are not trained on. Every validation uses the first --num_validation_images of them."""
     output_dir: str = "checkpoint/refl_lora"
-    """Where the LoRA, the options and the logs go."""
+    """Folder for the LoRA, the options, the checkpoints and the logs."""
     also_kohya: bool = False
-    """Write the LoRA in kohya's format as well, for A1111 and ComfyUI: kohya_lora.safetensors."""
+    """Also write the LoRA in kohya's format, for A1111 and ComfyUI, to kohya_lora.safetensors."""
     resolution: int | None = None
-    """Pixels a side of the images; None: the model's own (512 for SD-1.4)."""
+    """Side of the images in pixels; None: the model's own (512 for SD-1.4)."""
 
     # LoRA
     rank: int = 4
     """Rank of the LoRA matrices."""
     lora_alpha: float | None = None
-    """The LoRA's output is scaled by lora_alpha / rank; None: the rank, so by 1."""
+    """The LoRA's output is multiplied by lora_alpha / rank. None: the rank, so that the factor is 1."""
 
     # Optimisation
     train_batch_size: int = 2
@@ -56,13 +56,13 @@ class Options:
     max_train_steps: int = 100
     """Optimizer steps."""
     learning_rate: float = 1e-4
-    """Step size of AdamW."""
+    """Learning rate of AdamW."""
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
-    """How the learning rate goes on after the warm-up."""
+    """Schedule of the learning rate after the warm-up."""
     lr_warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises to its full value, the first of them at 0."""
+    """Optimizer steps over which the learning rate rises from 0 to its full value."""
     adam_beta1: float = 0.9
     """Decay of AdamW's mean of gradients."""
     adam_beta2: float = 0.999
@@ -70,94 +70,94 @@ class Options:
     adam_weight_decay: float = 1e-2
     """Decoupled weight decay of the LoRA matrices."""
     adam_epsilon: float = 1e-8
-    """AdamW's epsilon; gradients far below it are damped."""
+    """Epsilon of AdamW; it damps gradients far below it."""
     max_grad_norm: float = 1.0
-    """The gradient of an optimizer step is clipped to this norm."""
+    """Clip the gradient of an optimizer step to this norm."""
     use_8bit_adam: bool = False
-    """Keep AdamW's state in 8 bits (that of small matrices stays in 32); needs the package bitsandbytes."""
+    """Keep AdamW's state in 8 bits, except that of small matrices; needs the package bitsandbytes."""
 
     # ReFL
     grad_scale: float = 0.01
-    """Factor on the loss. AdamW nearly cancels it.
-    It matters against --max_grad_norm, --adam_epsilon and the weights of regularisers only."""
+    """Factor on the loss. AdamW nearly cancels it: it matters only relative to --max_grad_norm,
+    --adam_epsilon and the weights of regularisers."""
     reward_target: float | Literal["default"] | None = "default"
-    """Images whose reward, the weighted sum of all, is above this get no gradient; None: no such limit.
+    """Images whose reward (the weighted sum) exceeds this get no gradient; None: no limit.
     default: the reward's own, 2.0 for ImageReward as published."""
     num_inference_steps: int = 40
     """DDPM steps from noise to image."""
     min_stop: int = 30
-    """First denoising step, counted from 0, that may get the gradient."""
+    """First denoising step, counted from 0, that may get a gradient."""
     max_stop: int = 39
-    """Last denoising step that may get the gradient, inclusive."""
+    """Last denoising step that may get a gradient, inclusive."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance while training; 1 is none, as published. Above 1 the UNet runs twice."""
+    """Scale of classifier-free guidance in training; 1: none, as published. Otherwise the UNet runs twice."""
     guidance_in: Literal["both", "rollout", "gradient"] = "both"
-    """Where guidance is used: without gradient, at the step that gets the gradient, or both.
-    Validation always draws with it."""
+    """Use guidance in the rollout, at the step that gets the gradient, or in both.
+    Validation always uses it."""
     lora_in_uncond: bool = True
-    """Whether the LoRA acts on the prediction for the empty prompt as well, as in programs that draw."""
+    """Apply the LoRA to the prediction for the empty prompt as well, as diffusers does in inference."""
     normalize_by_stop: bool = False
-    """Divide each gradient by |dx0/deps| of its stop index, so that early and late stops count alike.
-    It falls from 0.63 at step 30 of SD-1.4 to 0.04 at 39."""
+    """Divide each gradient by |dx0/deps| of its stop index, so that early and late stops have equal weight.
+    The slope falls from 0.63 at step 30 of SD-1.4 to 0.04 at 39."""
 
     # Against over-optimising the reward
     noise_distance_weight: float = 0.0
-    """Weight, in the loss, of the mean squared difference between noise predicted with and without LoRA.
-    Needs no data. Ten times --grad_scale did well in the demo world."""
+    """Weight of the mean squared difference between the noise predicted with and without the LoRA.
+    Needs no data. Ten times --grad_scale worked well in the demo world."""
     lora_shrinkage: float = 0.0
-    """After each optimizer step what the LoRA adds to the model is multiplied by 1 - this, such as 0.01."""
+    """Multiply what the LoRA adds to the model by 1 minus this, such as 0.01, after each optimizer step."""
     pretrain_data: str | None = None
-    """Folder of captioned images: adds the model's own training loss on them, as published.
+    """Folder of captioned images; adds the base model's denoising loss on them, as published.
     Captions: metadata.jsonl with file_name and text, or a .txt beside each."""
     pretrain_weight: float = 1.0
-    """Factor on that loss; the paper has 1 with --grad_scale 0.001."""
+    """Weight of that loss; the paper uses 1 with --grad_scale 0.001."""
     held_out_reward: str | None = None
-    """Rewards that are watched at validation and not trained on, as in --reward."""
+    """Rewards to measure at validation but not to train on, named as in --reward."""
     early_stop: bool = False
-    """Stop when the reward rises while held-out rewards, diversity or saturation get worse beyond noise.
-    The best LoRA so far is kept, in best/ and as the result."""
+    """Stop when the reward rises while held-out rewards, diversity or saturation get significantly worse.
+    The result is the best LoRA so far, which is also kept in best/."""
 
     # Precision, speed, memory
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the frozen parts; the LoRA stays in float32. None: as launched."""
+    """Precision of the frozen models; the LoRA stays in float32. None: as launched."""
     gradient_checkpointing: bool = False
-    """Recompute UNet's and decoder's activations in the backward pass: less memory, some more time."""
+    """Recompute activations of UNet and decoder in the backward pass: less memory, more time."""
     decode_batch_size: int = 1
-    """Images decoded and scored at once; must divide --train_batch_size. Higher: more memory."""
+    """Images decoded and scored at once; must divide --train_batch_size. More need more memory."""
     low_memory: bool = False
-    """For small GPUs (8 GB do at 512 pixels in any precision); some time more.
-    Recomputes activations, decodes one by one, has each frozen model on the GPU only while it is used."""
+    """Fit small GPUs (8 GB suffice at 512 pixels in any precision) at the cost of time: recompute
+    activations, decode one image at a time, keep each frozen model on the GPU only while it is used."""
     rollout_batch_size: int = 8
-    """Images rolled out at once, from as many micro-steps as it takes; more fill a large GPU better."""
+    """Images rolled out at once, across micro-steps; more use a large GPU better."""
     allow_tf32: bool = False
-    """Let float32 matrix products on Ampere and newer GPUs use TF32."""
+    """Use TF32 for float32 matrix products and convolutions on Ampere and newer GPUs."""
     seed: int = 0
-    """Seed of the LoRA's initial values and of every draw."""
+    """Seed of the LoRA's initial values, prompts, noise and stop indices."""
 
     # Checkpoints
     checkpointing_steps: int = 10
-    """Optimizer steps between checkpoints in --output_dir; 0: only at the end and when told to stop."""
+    """Optimizer steps between checkpoints; 0: only at the end and when stopped by a signal."""
     checkpoints_total_limit: int = 3
-    """Checkpoints kept; older ones go once a new one is whole."""
+    """Number of checkpoints to keep; older ones are deleted once a new one is complete."""
     resume_from_checkpoint: str = "latest"
-    """"latest": go on from the newest whole checkpoint in --output_dir, if there is one.
-    "none": start anew and replace what is there. Or the folder of a checkpoint."""
+    """latest: resume from the newest complete checkpoint in --output_dir, if there is one.
+    none: start over and replace that run. Otherwise the folder of a checkpoint."""
     allow_changed_options: bool = False
-    """Go on although options that the result depends on are not those of the checkpoint."""
+    """Resume even if options that the result depends on differ from the checkpoint's."""
     max_nonfinite_steps: int = 10
-    """Steps in a row whose loss or gradient is not finite, and which are skipped, before the run ends."""
+    """End the run after this many skipped steps in a row, whose loss or gradient was not finite."""
 
-    # Watching
+    # Validation and logs
     validation_steps: int = 20
-    """Optimizer steps between validations, which also happen before the first and after the last; 0: none."""
+    """Optimizer steps between validations; also before the first step and after the last. 0: none."""
     num_validation_images: int = 4
     """Prompts per validation."""
     validation_images_per_prompt: int = 1
-    """Images of each; 2 or more also show how diverse they are."""
+    """Images of each validation prompt; 2 or more also measure diversity."""
     logging_dir: str = "logs"
     """TensorBoard's folder, inside --output_dir."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Where curves and images go."""
+    """Where to log curves and images."""
 
     @property
     def alpha(self) -> float:
@@ -166,8 +166,8 @@ class Options:
 
 
 def read_options(arguments: list[str]) -> Options:
-    """Options from the command line; those of --options_file come first, so that the command line wins."""
-    import tyro  # only here: the doctor, which has the same options, looks whether it is there
+    """Read the command line; its options override those of --options_file."""
+    import tyro  # here, because the doctor imports this module to check whether tyro is installed
 
     options = tyro.cli(Options, args=arguments, use_underscores=True)
     if options.options_file:
@@ -181,10 +181,10 @@ def read_options(arguments: list[str]) -> Options:
 
 
 def saved_arguments(options_file: str) -> list[str]:
-    """A run's options.json as arguments of a command."""
+    """Convert a run's options.json to command-line arguments; raises `UserError`."""
     try:
         saved = json.loads(Path(options_file).read_text())
-        return [_as_argument(name, value) for name, value in saved.items() if name not in OF_A_COMMAND]
+        return [_as_argument(name, value) for name, value in saved.items() if name not in COMMAND_ONLY]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--options_file {options_file} cannot be read ({error}).") from error
 
@@ -193,19 +193,19 @@ def _as_argument(name: str, value: str | int | float | bool | None) -> str:
     return f"--{name if value else 'no_' + name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
-# How one command was started, not what a run is.
-OF_A_COMMAND = ("options_file", "check", "resume_from_checkpoint", "allow_changed_options")
+# Options of one command, not of the run.
+COMMAND_ONLY = ("options_file", "check", "resume_from_checkpoint", "allow_changed_options")
 # Options that the LoRA does not depend on, or only to rounding.
-HARMLESS = """options_file check output_dir also_kohya prompts train_batch_size decode_batch_size
+SAFE_TO_CHANGE = """options_file check output_dir also_kohya prompts train_batch_size decode_batch_size
     rollout_batch_size gradient_checkpointing low_memory checkpointing_steps checkpoints_total_limit
     resume_from_checkpoint allow_changed_options max_nonfinite_steps logging_dir report_to""".split()
-WATCHING = """held_out_reward validation_prompts validation_steps num_validation_images
-    validation_images_per_prompt""".split()  # what --early_stop decides by
+VALIDATION_OPTIONS = """held_out_reward validation_prompts validation_steps num_validation_images
+    validation_images_per_prompt""".split()  # they matter to --early_stop alone
 
 
 def to_save(options: Options) -> dict[str, Any]:
-    """What options.json has."""
-    return {name: value for name, value in dataclasses.asdict(options).items() if name not in OF_A_COMMAND}
+    """The options as saved in options.json."""
+    return {name: value for name, value in dataclasses.asdict(options).items() if name not in COMMAND_ONLY}
 
 
 def run_fingerprint(
@@ -216,29 +216,29 @@ def run_fingerprint(
     validation_prompts: Sequence[str],
     captioned: Sequence[tuple[Path, str]],
 ) -> dict[str, Any]:
-    """All that the LoRA depends on, by name: what has to stay when a run is resumed."""
-    harmless = HARMLESS if options.early_stop else HARMLESS + WATCHING
-    decides = {name: value for name, value in dataclasses.asdict(options).items() if name not in harmless}
-    for name in ("validation_prompts", "pretrain_data"):  # by content, wherever they are
-        decides.pop(name, None)
-    decides["mixed_precision"] = mixed_precision
-    decides["train_batch_size x processes"] = options.train_batch_size * num_processes
+    """Everything that the LoRA depends on, by name: it must be the same when a run resumes."""
+    ignored = SAFE_TO_CHANGE if options.early_stop else SAFE_TO_CHANGE + VALIDATION_OPTIONS
+    fingerprint = {name: value for name, value in dataclasses.asdict(options).items() if name not in ignored}
+    for name in ("validation_prompts", "pretrain_data"):  # identified by content below
+        fingerprint.pop(name, None)
+    fingerprint["mixed_precision"] = mixed_precision
+    fingerprint["global_batch_size"] = options.train_batch_size * num_processes
     texts = {"prompts": prompts}
     if options.early_stop:
         texts["validation_prompts"] = validation_prompts
     if captioned:
         texts["pretrain_data"] = [f"{file.name} {file.stat().st_size} {text}" for file, text in captioned]
     for name, lines in texts.items():
-        decides[name] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    if options.lr_scheduler.startswith("constant"):  # others look at where the run will end
-        del decides["max_train_steps"]
-    return decides
+        fingerprint[name] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if options.lr_scheduler.startswith("constant"):  # other schedules depend on the last step
+        del fingerprint["max_train_steps"]
+    return fingerprint
 
 
 def check_values(options: Options) -> None:
-    """Raises `UserError` for a value that no machine could train with."""
+    """Check values that are wrong on every machine; raises `UserError` for the first."""
     o = options
-    demands = (  # names, what is right, in words
+    demands = (  # names of options, predicate, requirement in words
         (
             """rank train_batch_size gradient_accumulation_steps decode_batch_size rollout_batch_size
             max_train_steps num_inference_steps num_validation_images validation_images_per_prompt
@@ -289,7 +289,7 @@ def check_values(options: Options) -> None:
         ),
         ("early_stop", lambda v: not v or o.validation_steps, "have --validation_steps above 0"),
     )
-    for names, is_right, demand in demands:
+    for names, is_valid, demand in demands:
         for name in names.split():
-            if not is_right(getattr(options, name)):
+            if not is_valid(getattr(options, name)):
                 raise UserError(f"--{name} {getattr(options, name)}: must {demand}.")

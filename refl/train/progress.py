@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-SHAPES = ("rank", "use_8bit_adam")  # options without which a checkpoint's tensors do not fit
-# With --early_stop: without the same, validations could not be compared.
-WATCHED = (
+SHAPES = ("rank", "use_8bit_adam")  # options that a checkpoint's tensors depend on
+# With --early_stop: if these changed, validations could not be compared.
+COMPARED = (
     "early_stop", "held_out_reward", "validation_prompts", "num_validation_images",
     "validation_images_per_prompt",
 )  # fmt: skip
@@ -22,15 +22,15 @@ WATCHED = (
 
 @dataclass
 class Progress:
-    """How far a run is: what a checkpoint holds beside the LoRA and the optimizer's tensors."""
+    """How far a run has come: the part of a checkpoint that is neither LoRA nor optimizer state."""
 
     step: int = 0  # optimizer steps, skipped ones included
-    updates: int = 0  # those that moved the LoRA; the learning rate is a function of it
-    nonfinite: int = 0  # those skipped because of numbers that were not finite
+    updates: int = 0  # steps that changed the LoRA; the learning rate is a function of it
+    nonfinite: int = 0  # steps skipped because loss or gradient was not finite
     nonfinite_in_a_row: int = 0
-    validation: float | None = None  # the last mean reward
+    validation: float | None = None  # last mean reward
     first_validation: float | None = None
-    guard: dict = field(default_factory=dict)  # of --early_stop, after the last validation
+    guard: dict = field(default_factory=dict)  # state of --early_stop after the last validation
     scaler: dict = field(default_factory=dict)  # GradScaler's state after the last step that was not skipped
 
     def record_step(self, is_finite: bool, is_overflow: bool, scaler: dict) -> None:
@@ -50,20 +50,20 @@ class Progress:
         self.nonfinite_in_a_row = 0
 
 
-def pack_state(progress: Progress, decides: dict, options: dict) -> bytes:
-    """The file `STATE`; `decides` is all that the LoRA depends on, `options` is for people."""
-    state = {"progress": asdict(progress), "decides": decides, "options": options}
+def pack_state(progress: Progress, fingerprint: dict, options: dict) -> bytes:
+    """The file `STATE`; `fingerprint` holds everything that the LoRA depends on, `options` is for people."""
+    state = {"progress": asdict(progress), "fingerprint": fingerprint, "options": options}
     state["versions"] = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     return (json.dumps(state, indent=2) + "\n").encode()
 
 
 def resume(
-    folder: Path, where: str, decides: dict, allow_changed: bool
+    folder: Path, where: str, fingerprint: dict, allow_changed: bool
 ) -> tuple[Progress, dict[str, bytes] | None]:
-    """How far the run in `folder` is, and its checkpoint's files; a new run and None where there is none.
+    """Progress and files of the checkpoint to resume from; a new run's progress and None without one.
 
-    `where` is "latest", "none", or a checkpoint's folder. Raises `UserError` if what the LoRA depends on is
-    not what it was, unless that is allowed; without some of it, it cannot be.
+    `where` is "latest", "none", or a checkpoint's folder. Raises `UserError` if the fingerprint differs and
+    `allow_changed` is False, or if it differs in something that the checkpoint cannot do without.
     """
     files = None
     if where != "none":
@@ -72,21 +72,24 @@ def resume(
         return Progress(), None
     try:
         state = json.loads(files[STATE])
-        progress, before = Progress(**state["progress"]), state["decides"]
+        progress, before = Progress(**state["progress"]), state["fingerprint"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"the checkpoint in {folder} is of another version of this program.") from error
-    names = sorted(decides.keys() | before.keys())
+        raise UserError(
+            f"the checkpoint in {folder} was written by another version of this program. Take another "
+            "--output_dir, or replace that run with --resume_from_checkpoint none."
+        ) from error
+    names = sorted(fingerprint.keys() | before.keys())
     changed = {
-        name: f"  {name}: {before.get(name)} -> {decides.get(name)}"
+        name: f"  {name}: {before.get(name)} -> {fingerprint.get(name)}"
         for name in names
-        if before.get(name) != decides.get(name)
+        if before.get(name) != fingerprint.get(name)
     }
-    needed = SHAPES + (WATCHED if decides.get("early_stop") else ())
-    is_possible = changed.keys().isdisjoint(needed)
-    if changed and not (is_possible and allow_changed):
+    needed = SHAPES + (COMPARED if fingerprint.get("early_stop") else ())
+    can_resume = changed.keys().isdisjoint(needed)
+    if changed and not (can_resume and allow_changed):
         ways = ["Take another --output_dir", "replace that run with --resume_from_checkpoint none"]
-        if is_possible:
-            ways.append("go on all the same with --allow_changed_options")
+        if can_resume:
+            ways.append("resume anyway with --allow_changed_options")
         raise UserError(
             f"{folder} holds a run of {progress.step} steps with other options:\n"
             + "\n".join(changed.values())
@@ -96,7 +99,7 @@ def resume(
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> bytes:
-    """The optimizer's state as a safetensors file; its options are not in it."""
+    """Pack the optimizer's state, without its hyperparameters, as a safetensors file."""
     return save(
         {
             f"{index}.{name}": torch.as_tensor(value).detach().cpu().clone().contiguous()
@@ -107,12 +110,12 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> bytes:
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, content: bytes) -> None:
-    """Put the state of `pack_optimizer` back; the optimizer keeps its options."""
+    """Restore the state from `pack_optimizer`; hyperparameters stay as they are."""
     matrices = _matrices(optimizer)
     for key, value in load(content).items():
         index, _, name = key.partition(".")
         matrix = matrices[int(index)]
-        if value.ndim == 0:  # the count of steps: torch's a float tensor on the CPU, bitsandbytes' an int
+        if value.ndim == 0:  # step count: in torch a float tensor on the CPU, in bitsandbytes an int
             optimizer.state[matrix][name] = value if value.is_floating_point() else int(value)
         else:
             optimizer.state[matrix][name] = value.to(matrix.device)
