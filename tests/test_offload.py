@@ -3,8 +3,9 @@ GPU, and weights that turn to NaN at home show any use of a model that is not th
 
 from contextlib import contextmanager
 
-import refl_lora
 from refl.model import offload
+from refl.model.conditioning import Conditioning
+from refl.train.batches import Pretraining
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_a_visit_moves_what_is_elsewhere_and_restores_it(gpu):
     model = Small()
     before = state(model)
     assert devices(model) == ["cpu", "cpu", "cuda"]
-    with offload.visit(CUDA, model):
+    with offload.on_device(CUDA, model):
         assert devices(model) == ["cuda", "cuda", "cuda"] and model.tied is model.weight
         there = state(model)
         assert [one[-1] for one in there] == [one[-1] for one in before]  # the same values
@@ -88,7 +89,7 @@ def test_a_visit_moves_what_is_elsewhere_and_restores_it(gpu):
 def test_nothing_that_visited_stays_on_the_gpu(gpu):
     model = Small()
     for _ in range(3):
-        with offload.visit(CUDA, model):
+        with offload.on_device(CUDA, model):
             assert len(gpu.live()) == 3  # a shared weight is there once
         assert len(gpu.live()) == 1
 
@@ -96,8 +97,8 @@ def test_nothing_that_visited_stays_on_the_gpu(gpu):
 def test_visits_may_be_nested(gpu):
     model, other = Small(), Small()
     before = state(model), state(other)
-    with offload.visit(CUDA, model):
-        with offload.visit(CUDA, model, other):
+    with offload.on_device(CUDA, model):
+        with offload.on_device(CUDA, model, other):
             assert devices(model) == devices(other) == ["cuda"] * 3
             assert len(gpu.live()) == 6  # `model` is not there twice
         assert devices(model) == ["cuda"] * 3 and state(other) == before[1]
@@ -115,14 +116,14 @@ class TooLarge(Small):
 def test_errors_leave_everything_at_home(gpu, kind):
     model = kind()
     before = state(model)
-    with pytest.raises(torch.OutOfMemoryError), offload.visit(CUDA, model):
+    with pytest.raises(torch.OutOfMemoryError), offload.on_device(CUDA, model):
         assert kind is Small
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert state(model) == before and len(gpu.live()) == 1
 
 
 class Away:
-    """`Models.present` of a device that never was: weights of frozen models are NaN but in its blocks."""
+    """`Models.on_device` of a device that never was: weights of frozen models are NaN outside its blocks."""
 
     def __init__(self, *models: nn.Module):
         self.weights = {}
@@ -137,7 +138,7 @@ class Away:
         return torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else torch.zeros_like(tensor)
 
     @contextmanager
-    def present(self, *models: nn.Module):
+    def on_device(self, *models: nn.Module):
         visitors = [t for m in models for t in (*m.parameters(), *m.buffers()) if t in self.weights]
         for tensor in visitors:
             tensor.data = self.weights[tensor]
@@ -147,19 +148,18 @@ class Away:
 
 
 @pytest.mark.parametrize("lora_in_uncond", [True, False])
-def test_the_step_uses_models_only_where_they_are_present(parts, reward, lora_in_uncond):
-    models, prompt_embeds, noise = build(
+def test_the_step_uses_models_only_on_the_device(parts, reward, lora_in_uncond):
+    models, conditioning, noise = build(
         parts, reward, torch.float32, guidance=(3.0, 3.0), lora_in_uncond=lora_in_uncond
     )
-    pretraining = refl_lora.Pretraining(
-        noise[:, 1], torch.tensor([1, 500, 999]), prompt_embeds[1], noise[:, 2]
-    )
-    arguments = models, prompt_embeds, noise, STOP, 0.01, 2.0, pretraining
+    prompt = Conditioning(conditioning.prompt)
+    pretraining = Pretraining(noise[:, 1], torch.tensor([1, 500, 999]), prompt, noise[:, 2])
+    arguments = models, conditioning, noise, STOP, 0.01, 2.0, pretraining
     options = {"noise_distance_weight": 0.3, "pretrain_weight": 0.7}
     always = refl_step(*arguments, **options)
-    away = Away(models.unet, models.vae, *models.rewards.modules())
+    away = Away(models.base.unet, models.base.vae, *models.rewards.modules())
     assert not refl_step(*arguments, **options).loss.isfinite()  # at home they are of no use
-    models.present = away.present
+    models.on_device = away.on_device
     visiting = refl_step(*arguments, **options)
     assert torch.equal(visiting.loss, always.loss) and torch.equal(visiting.rewards, always.rewards)
     assert all(map(torch.equal, visiting.gradients, always.gradients))

@@ -5,13 +5,17 @@ import threading
 from types import SimpleNamespace
 
 import refl_lora
-from refl.model.ddpm import Ddpm
-from refl.model.lora import add_lora
-from refl.model.stable_diffusion import encode_prompts
+from refl.report.log import Log
 from refl.reward.rewards import WeightedRewards
+from refl.train.batches import Batches, Inputs
+from refl.train.models import load_models
+from refl.train.options import Options
+from refl.train.validation import Validator
 
 import pytest
 import torch
+
+CPU = torch.device("cpu")
 
 
 class Processes:
@@ -51,48 +55,42 @@ class Processes:
         return results
 
 
-@pytest.fixture
-def models(parts, reward) -> refl_lora.Models:
-    """A model with one reward that it is trained on and one that it is not."""
-    lora = add_lora(parts.unet, 2, 2, 0)
-    red = {"red": lambda images, prompts: images[:, 0].mean((1, 2))}
-    return refl_lora.Models(
-        parts.unet, lora, parts.vae, WeightedRewards({"imagereward": reward}, {"imagereward": 1.0}),
-        Ddpm(parts.scheduler_config, 2), held_out=WeightedRewards(red, {"red": 1.0}),
-    )  # fmt: skip
-
-
 # Processes, prompts, images of each, batch: more or fewer images than processes, none a multiple.
 @pytest.mark.parametrize(
     ("world", "num_prompts", "images_per_prompt", "batch"),
     [(3, 4, 1, 1), (3, 4, 2, 2), (4, 3, 1, 2), (5, 2, 3, 1)],
 )
-def test_any_number_of_processes_finds_what_one_finds(
-    models, parts, world, num_prompts, images_per_prompt, batch
+def test_any_number_of_processes_measures_what_one_measures(
+    tiny, world, num_prompts, images_per_prompt, batch
 ):
-    distinct = [f"{number} red cats" for number in range(num_prompts)]
-    prompts = [prompt for prompt in distinct for _ in range(images_per_prompt)]
-    embeds = dict(zip(distinct, encode_prompts(parts, distinct), strict=True))
+    options = Options(
+        pretrained_model_name_or_path=str(tiny / "stable-diffusion-v1-4"), reward_path=str(tiny),
+        num_inference_steps=2, max_stop=1, train_batch_size=batch,
+        validation_images_per_prompt=images_per_prompt,
+    )  # fmt: skip
+    prompts = [f"{number} red cats" for number in range(num_prompts) for _ in range(images_per_prompt)]
+    models = load_models(options, CPU, torch.float32)
+    models.held_out = WeightedRewards(
+        {"red": lambda images, prompts: images[:, 0].mean((1, 2))}, {"red": 1.0}
+    )
+    one_process = SimpleNamespace(process_index=0, num_processes=1, is_main_process=False)
+    batches = Batches(options, Inputs(64, prompts, prompts, []), models, one_process, range(0))
 
     def validate(accelerator):
-        return refl_lora.validate(
-            copy.deepcopy(models), prompts, images_per_prompt,
-            lambda chosen: torch.stack([embeds[prompt] for prompt in chosen]), (4, 8, 8), 0, batch,
-            accelerator,
-        )  # fmt: skip
+        own = copy.deepcopy(models)  # a rollout changes layers for a while
+        return Validator(options, own, batches, accelerator, refl_lora.rollout)(0, Log(None))
 
     [one] = Processes(1).run(validate)
-    assert one.scores.shape == (1, len(prompts)) and one.held_out.shape == (1, len(prompts))
+    assert one.rewards.shape == one.held_out.shape == one.saturated.shape == (len(prompts),)
     assert one.images.flatten(1).unique(dim=0).shape[0] == len(prompts)  # no two images alike
-    for found in Processes(world).run(validate):  # each process has the whole
-        assert found.images.shape == one.images.shape
-        assert (found.images.int() - one.images.int()).abs().max() <= 1
-        for ours, theirs in (
-            (found.scores, one.scores), (found.held_out, one.held_out), (found.saturated, one.saturated)
-        ):  # fmt: skip
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for each in Processes(world).run(validate):  # every process has the whole
+        assert each.images.shape == one.images.shape
+        assert (each.images.int() - one.images.int()).abs().max() <= 1
+        for name in ("rewards", "held_out", "saturated"):
+            torch.testing.assert_close(getattr(each, name), getattr(one, name), rtol=1e-4, atol=1e-4)
+        assert each.means == pytest.approx(one.means, rel=1e-3, abs=1e-4)
         if images_per_prompt > 1:
-            assert found.diversity.shape == (num_prompts,)
-            torch.testing.assert_close(found.diversity, one.diversity, rtol=1e-3, atol=1e-4)
+            assert each.diversity.shape == (num_prompts,)
+            torch.testing.assert_close(each.diversity, one.diversity, rtol=1e-3, atol=1e-4)
         else:
-            assert found.diversity is one.diversity is None
+            assert each.diversity is one.diversity is None
