@@ -128,7 +128,7 @@ def kill_once(output: Path, processes: int, chance: random.Random, counts: Count
     name = chance.choices(list(SIGNALS), list(SIGNALS.values()))[0]
     os.killpg(process.pid, signal.Signals[name])
     try:
-        process.wait(timeout=120)
+        process.wait(timeout=600)
     except subprocess.TimeoutExpired:
         counts.failures += 1
         os.killpg(process.pid, signal.SIGKILL)

@@ -12,12 +12,10 @@ from refl.train.options import Options, read_options
 
 import pytest
 import torch
-from conftest import weight_options
+from conftest import run_in_process, weight_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_prompts import MISTAKES as PROMPT_FILES
-from test_scripts import MISTAKES, run_in_process
 
 MODEL, UNET = "stable-diffusion-v1-4", "stable-diffusion-v1-4/unet/diffusion_pytorch_model.safetensors"
 
@@ -53,12 +51,11 @@ def other_tensors(name):
     return lambda folder: save_file({"a": torch.zeros(2)}, folder / name)
 
 
-# What is done to a checkpoint, and what must be said.
+# What is done to a checkpoint, and what must be said: one for each check and each part that is checked. The
+# fuzz below and test_doctor.py cut and damage files in every other way.
 FILES = {
-    "no unet": (lambda f: shutil.rmtree(f / MODEL / "unet"), "weights are missing:\n.*/unet "),
     "no tokenizer": (lambda f: shutil.rmtree(f / MODEL / "tokenizer"), "weights are missing:\n.*/tokenizer "),
     "a loop for a model": (loop(MODEL), "weights are missing"),
-    "a loop for the reward": (loop("ImageReward.pt"), "weights are missing:\n.*ImageReward.pt "),
     "a file for a model": (
         lambda f: [shutil.rmtree(f / MODEL), (f / MODEL).write_text("")],
         "weights are missing|cannot be read",
@@ -68,7 +65,6 @@ FILES = {
         "ImageReward.pt cannot be read",
     ),
     "unet config cut": (cut(f"{MODEL}/unet/config.json", 30), "unet/config.json cannot be read"),
-    "unet config empty": (write(f"{MODEL}/unet/config.json", ""), "unet/config.json cannot be read"),
     "unet config a list": (write(f"{MODEL}/unet/config.json", "[1]"), "config.json is not a configuration"),
     "unet config not text": (
         write(f"{MODEL}/unet/config.json", b"\xff\xfe\x00"),
@@ -90,18 +86,13 @@ FILES = {
         change_json(f"{MODEL}/unet/config.json", block_out_channels=[8, 16]),
         "multiples of|not a Stable Diffusion",
     ),
-    "unet weights empty": (write(UNET, b""), "diffusion_pytorch_model.safetensors is damaged"),
-    "unet weights in half": (cut(UNET, 20_000), "diffusion_pytorch_model.safetensors is damaged"),
     "unet weights cut by a byte": (cut(UNET, -1), "diffusion_pytorch_model.safetensors is damaged"),
     "unet weights a web page": (write(UNET, "<!DOCTYPE html>" * 99), "is damaged or is not a safetensors"),
-    "unet weights a git-lfs pointer": (
-        write(UNET, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3438167534\n"),
-        "is damaged",
-    ),
     "unet weights of something else": (
         other_tensors(UNET),
         "unet is of another model: .* weights are missing",
     ),
+    "vae config empty": (write(f"{MODEL}/vae/config.json", "{}"), "not one of Stable"),
     "vae weights in half": (
         cut(f"{MODEL}/vae/diffusion_pytorch_model.safetensors", 9_000),
         "vae/.*safetensors is damaged",
@@ -114,10 +105,6 @@ FILES = {
         cut(f"{MODEL}/text_encoder/model.safetensors", 9_000),
         "text_encoder/.* is damaged",
     ),
-    "scheduler empty": (
-        write(f"{MODEL}/scheduler/scheduler_config.json", ""),
-        "scheduler_config.json cannot be",
-    ),
     "scheduler of a v-model": (
         change_json(f"{MODEL}/scheduler/scheduler_config.json", prediction_type="v_prediction"),
         "only epsilon",
@@ -128,7 +115,6 @@ FILES = {
     ),
     "tokenizer cut": (cut(f"{MODEL}/tokenizer/vocab.json", 100), "is not a Stable Diffusion model"),
     "reward cut": (cut("ImageReward.pt", 5_000), "ImageReward.pt is damaged"),
-    "reward empty": (write("ImageReward.pt", b""), "ImageReward.pt is damaged"),
     "reward a web page": (write("ImageReward.pt", "<html>"), "ImageReward.pt is damaged"),
     "reward of something else": (
         lambda f: torch.save({"a": torch.zeros(1)}, f / "ImageReward.pt"),
@@ -176,7 +162,12 @@ def test_places_that_cannot_be_read_or_written(training_options, tmp_path, monke
 
 # ------------------------------------------------------------------------------------------------------- fuzz
 
-FUZZ = settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(  # no deadlines: a machine may be busy
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    database=None,
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
@@ -265,7 +256,3 @@ def test_any_bytes_for_safetensors(tmp_path, content):
     for read in (count_weights, read_metadata):
         with pytest.raises(UserError, match=r"file\.safetensors is damaged"):
             read(path)
-
-
-def test_there_are_enough_of_them():
-    assert len(FILES) + len(PROMPT_FILES) + len(MISTAKES) >= 60

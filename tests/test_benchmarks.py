@@ -10,6 +10,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import step
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = step.Options(num_inference_steps=4, min_stop=1, max_stop=3, gradient_accumulation_steps=3)
 OTHERS = ("baseline", "no_lean", "no_channels_last", "no_batched_rollout", "peft_lora", "fused_adamw")
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from hashlib import sha256
 
+import refl.__main__
 import refl_lora
 from refl.model.lora import KOHYA_FILE, LORA_FILE, METADATA_KEY
 from refl.report import card
@@ -13,7 +14,7 @@ from refl.system.errors import UserError
 
 import pytest
 import torch
-from conftest import run_script, weight_options
+from conftest import run_command, run_script, weight_options
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
@@ -112,6 +113,7 @@ def test_a_runs_card(folder):
     assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
 
 
+@pytest.mark.slow
 def test_its_code_runs(folder, tiny):
     (folder / KOHYA_FILE).touch()
     card.write(folder)
@@ -201,8 +203,8 @@ def test_sd14_is_told_by_name_and_size(tmp_path):
         assert (f'model = "{SD14}"' in text) == is_sd14 == ("CreativeML Open RAIL-M" in text)
 
 
-def test_as_a_command(folder, tmp_path):
-    ran = run_script(sys.executable, "-m", "refl", "card", folder)
+def test_as_a_command(folder, tmp_path, monkeypatch, capsys):
+    ran = run_command(refl.__main__, monkeypatch, capsys, "card", folder)
     assert (ran.returncode, ran.stdout) == (0, f"model card written: {folder / 'README.md'}\n"), ran.stderr
-    ran = run_script(sys.executable, "-m", "refl", "card", tmp_path)
+    ran = run_command(refl.__main__, monkeypatch, capsys, "card", tmp_path)
     assert ran.returncode == 2 and ran.stderr.startswith("error: no LoRA at"), ran.stderr

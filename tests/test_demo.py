@@ -2,11 +2,12 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 from conftest import ROOT, run_script
 from PIL import Image
+
+pytestmark = pytest.mark.slow
 
 STEPS = 80
 
@@ -22,7 +23,7 @@ def copy(tmp_path_factory):
 
 def test_the_demo_learns_and_shows_it(copy):
     demo, steps = copy / "demo/run.sh", str(STEPS)
-    run = run_script("bash", demo, "--max_train_steps", steps, PYTHON=sys.executable, OMP_NUM_THREADS="1")
+    run = run_script("bash", demo, "--max_train_steps", steps)
     assert run.returncode == 0, run.stderr
     assert "192 prompts, 2 of each" in run.stdout and "judge.all_right" in run.stdout
     evaluation = json.loads((copy / "result/demo/evaluation/evaluation.json").read_text())
@@ -47,6 +48,6 @@ def test_the_demo_learns_and_shows_it(copy):
 
 
 def test_another_length_is_refused_in_one_message(copy):
-    run = run_script("bash", copy / "demo/run.sh", PYTHON=sys.executable, OMP_NUM_THREADS="1")
+    run = run_script("bash", copy / "demo/run.sh")
     assert run.returncode == 2 and "max_train_steps: 80 -> 300" in run.stderr
     assert run.stderr.strip().endswith("or go on all the same with --allow_changed_options.")

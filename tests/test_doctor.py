@@ -7,6 +7,7 @@ import socket
 import sys
 from collections import namedtuple
 
+import refl.__main__
 from refl.model.folder import count_weights
 from refl.preflight import doctor, memory
 from refl.reward import rewards
@@ -15,7 +16,7 @@ from refl.system.errors import UserError
 
 import pytest
 import torch
-from conftest import run_script, weight_options
+from conftest import run_command, weight_options
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -31,17 +32,21 @@ def options(tiny, prompts_file, tmp_path):
     )
 
 
-def test_the_command_prints_a_table(tiny, tmp_path):
-    run = run_script(
-        sys.executable, "-m", "refl", "doctor", *weight_options(tiny), f"--output_dir={tmp_path / 'out'}"
+def test_the_command_prints_a_table(tiny, tmp_path, monkeypatch, capsys):
+    run = run_command(
+        refl.__main__,
+        monkeypatch,
+        capsys,
+        "doctor",
+        *weight_options(tiny),
+        f"--output_dir={tmp_path / 'out'}",
     )
     assert run.returncode == 0, run.stderr
     rows = {line.split()[1]: line.split()[0] for line in run.stdout.splitlines()}
     assert rows.keys() == doctor.CHECKS.keys()
     assert rows.pop("devices") == "warn" and set(rows.values()) == {"pass"}
-    run = run_script(
-        sys.executable, "-m", "refl", "doctor", f"--pretrained_model_name_or_path={tmp_path / 'nowhere'}"
-    )
+    nowhere = f"--pretrained_model_name_or_path={tmp_path / 'nowhere'}"
+    run = run_command(refl.__main__, monkeypatch, capsys, "doctor", nowhere)
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert "FAIL  model" in run.stdout and "pass  prompts" in run.stdout  # one failure hides no other
 

@@ -338,6 +338,7 @@ def test_a_lora_that_does_nothing_changes_nothing(options, tiny, tmp_path, monke
         assert against.get("tie", 6) == 6, measure
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_after_a_kill_and_find_what_one_finds(options, world, tmp_path, monkeypatch):
     run = [*options, "--lora_paths", world / "lora", "--num_images_per_prompt", "3"]
     two = [*map(str, run), "--output_dir", tmp_path / "two"]
@@ -454,6 +455,7 @@ def test_a_lora_that_does_not_fit_is_found_before_the_drawing(
     assert not count_drawn
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_message_for_two_processes(options, world, tmp_path):
     command = [sys.executable, *LAUNCH, *options, "--lora_paths", "nowhere", "--output_dir", tmp_path]
     run = run_script(*command, PYTHONPATH=str(world))

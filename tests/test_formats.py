@@ -7,11 +7,10 @@ from refl.system.errors import UserError
 
 import pytest
 import torch
-from conftest import save_lora
+from conftest import run_in_process, save_lora
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_scripts import run_in_process
 
 
 @pytest.fixture

@@ -25,6 +25,13 @@ from test_scripts import LORA, events, run_in_process
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.normal(0, 1, 64)  # of the images: the same at each validation
+START = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Each test draws the same numbers, whichever ran before it."""
+    RNG.bit_generator.state = START
 
 
 def means(step, reward, held_out=0.0, saturated=0.1, diversity=1.0, spread=0.1) -> ValidationMeans:

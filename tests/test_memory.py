@@ -23,6 +23,8 @@ import pytest
 import torch
 from test_scripts import run_in_process
 
+SLOW = pytest.mark.slow
+
 
 def test_live_bytes_are_those_of_storages():
     def run():
@@ -45,8 +47,10 @@ def options(tiny):
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"decode_batch_size": 3}, {"gradient_checkpointing": True}])
-@pytest.mark.parametrize("resolution", [64, 128])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"decode_batch_size": 3}, marks=SLOW), {"gradient_checkpointing": True}]
+)
+@pytest.mark.parametrize("resolution", [64, pytest.param(128, marks=SLOW)])
 def test_the_count_is_what_a_step_takes(options, tiny, changes, resolution):
     for name, value in changes.items():
         setattr(options, name, value)
@@ -85,6 +89,7 @@ def test_the_count_is_what_a_step_takes(options, tiny, changes, resolution):
     assert {weights for weights, _ in counted.values()} == {(trained + frozen) / 2**30}
 
 
+@SLOW
 def test_what_needs_less_is_counted_as_less(options, tmp_path, monkeypatch):
     def needed(dtype=torch.float32, **changes):
         return memory.needed(SimpleNamespace(**(vars(options) | changes)), dtype, 256)

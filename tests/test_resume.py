@@ -5,39 +5,39 @@ import os
 import shutil
 import signal
 from collections import Counter
+from functools import partial
 
 import refl_lora
 from refl.model import stable_diffusion
 from refl.model.lora import read_metadata
 from refl.model.pipeline import load_pipeline
-from refl.system import checkpoints
+from refl.system import checkpoints, randomness
 from refl.system.errors import UserError
-from refl.system.signals import SIGNALS
 from refl.train import run as run_module
 from refl.train.metrics import Metrics
 from refl.train.validation import Validator
 
 import pytest
 import torch
-from conftest import weight_options
+from conftest import (
+    LORA,
+    SMOOTH,
+    assert_close_loras,
+    events,
+    run_in_process,
+    weight_options,
+    write_prompts,
+)
 from safetensors.torch import load
-from test_scripts import LORA, events, run_in_process
 from torch.utils.tensorboard import SummaryWriter
 
 SCHEDULE = "--max_train_steps 6 --lr_scheduler cosine --lr_warmup_steps 2 --learning_rate 1e-2".split()
 
 
 @pytest.fixture(scope="module")
-def module_patch():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def options(tiny, tmp_path_factory) -> list[str]:
+def options(shared, tiny) -> list[str]:
     """Options of a run of 6 steps with 2 micro-steps each, validated before, in the middle and after."""
-    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    prompts.write_text("a red cat\na blue dog\nthree green apples\na hill at night\n")
+    prompts = shared("prompts", write_prompts) / "prompts.txt"
     return [
         *weight_options(tiny), f"--prompts={prompts}", f"--validation_prompts={prompts}", *SCHEDULE,
         *"--num_inference_steps 4 --min_stop 2 --max_stop 3 --gradient_accumulation_steps 2".split(),
@@ -46,20 +46,14 @@ def options(tiny, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def straight(options, module_patch, tmp_path_factory):
+def straight(shared, options):
     """The folder of a run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("straight")
-    train(module_patch, folder, *options)
-    return folder
 
+    def make(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            train(patch, folder, *options)
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Signals are handled after a test as they were before."""
-    before = [(number, signal.getsignal(number)) for number in SIGNALS]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
+    return shared("straight", make)
 
 
 class Killed(BaseException):
@@ -138,7 +132,7 @@ def points(run):
     return curves
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+# tests/test_signals.py has the other signals.
 @pytest.mark.parametrize(
     ("place", "every", "step"),
     [
@@ -148,17 +142,15 @@ def points(run):
         ((checkpoints, "prune", 1), 4, 4),
     ],
 )
-def test_a_signal_saves_and_stops(
-    options, straight, tmp_path, monkeypatch, capsys, number, place, every, step
-):
+def test_a_signal_saves_and_stops(options, straight, tmp_path, monkeypatch, capsys, place, every, step):
     # What is done of a step is left where it can be done again; an update, once begun, is finished and saved.
     with monkeypatch.context() as context:
-        break_at(context, *place, lambda: os.kill(os.getpid(), number))
+        break_at(context, *place, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as stopped:
             train(context, tmp_path, *options, f"--checkpointing_steps={every}")
-    assert stopped.value.code == 128 + number
+    assert stopped.value.code == 128 + signal.SIGTERM
     assert (
-        f"stopped by {number.name} after {step} steps; the same command resumes after step {step}"
+        f"stopped by SIGTERM after {step} steps; the same command resumes after step {step}"
         in capsys.readouterr().out
     )
     assert checkpoints.steps(tmp_path) == [step]
@@ -207,13 +199,12 @@ def test_changed_options_can_be_allowed(options, straight, tmp_path, monkeypatch
 
 
 def test_more_steps_and_other_logging_are_harmless(options, tmp_path, monkeypatch):
-    constant = ["--lr_scheduler=constant", "--lr_warmup_steps=0"]
+    constant = ["--lr_scheduler=constant", "--lr_warmup_steps=0", *SMOOTH]
     longer = train(monkeypatch, tmp_path / "longer", *options, *constant)
     train(monkeypatch, tmp_path / "run", *options, *constant, "--max_train_steps=3")
     changes = ["--validation_steps=0", "--checkpoints_total_limit=9", "--decode_batch_size=2"]
     extended = train(monkeypatch, tmp_path / "run", *options, *constant, *changes)
-    longer, extended = (load(content) for content in (longer, extended))
-    assert all((longer[key] - extended[key]).abs().max() < 1e-6 for key in longer)
+    assert_close_loras(load(extended), load(longer))
 
 
 def test_starting_anew_leaves_nothing_of_the_old_run(options, straight, tmp_path, monkeypatch):
@@ -260,9 +251,33 @@ def test_a_full_disk_does_not_stop_training(options, straight, tmp_path, monkeyp
     assert (tmp_path / LORA).read_bytes() == (straight / LORA).read_bytes()
 
 
-def test_fp16_goes_on_with_its_scale(options, tmp_path, monkeypatch):
+# ------------------------------------------------------------------------------- numbers that are not finite
+
+
+NAN_FROM = """
+calls = []
+def red(images, prompts):  # called 3 times for validation, then 4 times for each step
+    calls.append(1)
+    return images[:, 0].mean((1, 2)) * (float("nan") if len(calls) > 3 + 2 * 4 else 1)
+"""
+
+
+def test_too_many_nonfinite_steps_end_the_run_at_the_last_good_state(options, tmp_path, monkeypatch, capsys):
+    (tmp_path / "nan_from.py").write_text(NAN_FROM)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="3 steps in a row had a loss or a gradient .* after step 2, is kept"):
+        train(monkeypatch, tmp_path / "run", *options, "--reward=nan_from:red", "--max_nonfinite_steps=3")
+    assert capsys.readouterr().err.count("skipped: not finite") == 3
+    assert checkpoints.steps(tmp_path / "run") == [2] and checkpoints.newest(tmp_path / "run")
+
+
+# With --grad_scale 9 to 18 the tiny model's gradients overflow at scales of 65536 and 32768, not below.
+HALF = ["--mixed_precision=fp16", "--grad_scale=13", "--max_grad_norm=inf"]
+
+
+def test_fp16_resumes_with_its_scale(options, tmp_path, monkeypatch):
     # A scale that overflows at first is float16's business: those steps move nothing and are not counted.
-    half = [*options, "--mixed_precision=fp16", "--grad_scale=100"]
+    half = [*options, *HALF]
     train(monkeypatch, tmp_path / "straight", *half)
     with monkeypatch.context() as context:
         break_at(context, *KILLS["before the last checkpoint"])
@@ -275,4 +290,37 @@ def test_fp16_goes_on_with_its_scale(options, tmp_path, monkeypatch):
     ]
     progress = states[0]["progress"]
     assert progress == states[1]["progress"] and progress["nonfinite"] == 0
-    assert progress["updates"] < 6 and progress["scaler"]["scale"] < 65536
+    assert progress["updates"] == 4 and progress["scaler"]["scale"] == 65536 / 4
+
+
+def test_fp16_overflows_skips_and_trains_as_from_the_lower_scale(options, tmp_path, monkeypatch):
+    """The same images at each step: those skipped for a gradient that overflows leave no trace."""
+    noise, scaler = randomness.noise, torch.amp.GradScaler
+    monkeypatch.setattr(randomness, "noise", lambda key, *rest: noise((key[0],), *rest))
+    monkeypatch.setattr(randomness, "stop_index", lambda *_: 2)
+    one = tmp_path / "one.txt"
+    one.write_text("a red cat\n")
+    same = ["--lr_scheduler=constant", "--lr_warmup_steps=0", "--validation_steps=0", f"--prompts={one}"]
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def watched(*arguments):
+        norms.append(clip(*arguments))
+        return norms[-1]
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    overflowing = train(monkeypatch, tmp_path / "run", *options, *same, *HALF)
+    skipped = sum(not norm.isfinite() for norm in norms)
+    assert skipped == 2 and all(norm.isfinite() for norm in norms[skipped:])
+    losses = [point.value for point in events(tmp_path / "run" / "logs").Scalars("loss")]
+    assert len(losses) == 6  # the loss was finite: it was the backward pass that overflowed
+    progress = json.loads((tmp_path / "run/checkpoint-6/state.json").read_text())["progress"]
+    assert (progress["updates"], progress["nonfinite"]) == (6 - skipped, 0)
+    assert progress["scaler"]["scale"] == 65536 / 2**skipped
+
+    norms.clear()
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=65536 / 2**skipped))
+    lower = train(monkeypatch, tmp_path / "low", *options, *same, *HALF, f"--max_train_steps={6 - skipped}")
+    assert len(norms) == 6 - skipped and all(norm.isfinite() for norm in norms)
+    overflowing, lower = load(overflowing), load(lower)
+    assert all(torch.equal(overflowing[name], value) for name, value in lower.items())
+    assert max(value.abs().max() for name, value in lower.items() if ".lora.up." in name) > 1e-3

@@ -3,7 +3,10 @@
 import json
 import sys
 
+import pytest
 from conftest import ROOT, run_script
+
+pytestmark = pytest.mark.slow
 
 
 def soak(root, output, kills):
