@@ -123,8 +123,9 @@ def difference(ours: Tensor, other: Tensor) -> dict[str, float]:
     }
 
 
-# Largest relative difference of the LoRA's gradient to float32 on the CPU. float32 sums in another order.
-TOLERANCES = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.25}
+# Largest relative difference of the LoRA's gradient to that of float32 on the CPU. bfloat16 on the CPU has
+# 0.019 at full size, measured; float16 has 8 times finer steps, TF32, which is not float32, 4 times finer.
+TOLERANCES = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.06}
 
 
 def gradients(options: Options, precision: str) -> Result:
@@ -142,7 +143,7 @@ def gradients(options: Options, precision: str) -> Result:
     relative = numbers["relative_difference"]
     return check(
         is_finite and relative < TOLERANCES[precision],
-        f"relative difference {relative:.2e}, at most {TOLERANCES[precision]:.0e}",
+        f"relative difference {relative:.2e}, at most {TOLERANCES[precision]}",
         **numbers, losses=losses,
     )  # fmt: skip
 

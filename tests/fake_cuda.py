@@ -129,7 +129,7 @@ def to_fake(model: nn.Module, device: torch.device = DEVICE) -> nn.Module:
 class Observer(TorchDispatchMode):
     """Records host syncs, and the dtypes of matrix products by phase, of operations on CUDA tensors.
 
-    A value read from a CUDA tensor is 0, or True for a bool: no overflow was found, all checks passed.
+    A number read from a CUDA tensor is 0, or True for a bool: no overflow was found, all checks passed.
     """
 
     def __init__(self):
@@ -153,10 +153,10 @@ class Observer(TorchDispatchMode):
         self.current_phase = before
 
     def read(self, tensor: Tensor) -> list:
-        """Zeros in place of a tensor's values, which from CUDA take one host sync."""
+        """Ones in place of a tensor's values, which from CUDA take one host sync."""
         if tensor.is_cuda:
             self.syncs[_where("tolist")] += 1
-        return np.zeros(tuple(tensor.shape)).tolist()
+        return np.ones(tuple(tensor.shape)).tolist()
 
     def pin(self, tensor: Tensor) -> Tensor:
         """A copy of a CPU tensor whose storage counts as pinned memory."""

@@ -1,58 +1,63 @@
-"""One optimizer step, a validation and a move to the GPU on fake CUDA tensors, for test_fake_cuda.py.
+"""An optimizer step and a validation of training on fake CUDA tensors, for test_fake_cuda.py.
 
 The functions run in the process that `fake_cuda.start_process` makes; results travel back by pickle.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import refl_lora
-from refl.model import offload
-from refl.model.lean import make_lean
-from refl.model.lora import add_lora
-from refl.model.stable_diffusion import load_stable_diffusion
+from refl.model import families
 from refl.reward import rewards
-from refl.system import randomness
+from refl.train import models as train_models
+from refl.train.batches import Batches, Inputs, MicroBatch
+from refl.train.metrics import Metrics
+from refl.train.models import Models, load_models
+from refl.train.options import Options
+from refl.train.progress import Progress
+from refl.train.update import Updater
+from refl.train.validation import Validator
 
 import torch
 from fake_cuda import DEVICE, fake_cuda, to_fake
+from PIL import Image
 from random_checkpoint import SIZES, make_reward, make_unet, make_vae
-from refl.model.ddpm import Ddpm
 from torch import Tensor
 
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROMPTS = ["a red cat", "three green apples"]
-NUM_STEPS = 2
+# One process, whose collectives have nothing to do.
+ACCELERATOR = SimpleNamespace(
+    process_index=0, num_processes=1, is_main_process=False, device=DEVICE,
+    reduce=lambda tensor, reduction: tensor, gather=lambda tensor: tensor,
+)  # fmt: skip
 
 
 @dataclass
 class Case:
-    """Settings of a training step, and a fault to be put into it."""
+    """A run to imitate, and a fault to put into it."""
 
     precision: str = "bf16"
-    guidance: tuple[float, float] = (1.0, 1.0)
-    lora_in_uncond: bool = True
-    gradient_checkpointing: bool = False
-    low_memory: bool = False
-    noise_distance_weight: float = 0.0
-    pretrain_weight: float = 0.0
-    held_out: bool = False
-    is_proven: bool = True  # the rewards have passed the checks of their first gradient
-    stops: tuple[int, ...] = (0,)  # of the micro-batches
+    options: dict = field(default_factory=dict)  # of refl_lora.py, by name
     is_full_size: bool = False  # SD-1.4 and ImageReward at 512 x 512, instead of tiny models
+    is_checked: bool = True  # the rewards' first gradient has been checked before
     fault: str | None = None
 
 
 @dataclass
 class Report:
-    """What a run on fake CUDA tensors did."""
+    """Observations of a run on fake CUDA tensors."""
 
-    syncs: Counter  # in `refl_step` or `validate`: "operation, file:line" -> times
+    syncs: Counter  # in `refl_step` or the validation: "operation, file:line" -> times
     float64: Counter  # the same, of operations with a float64 result
-    update_syncs: Counter = field(default_factory=Counter)  # from there to the end of the optimizer step
+    update_syncs: Counter = field(default_factory=Counter)  # of the updater
+    metrics_syncs: Counter = field(default_factory=Counter)  # of what is logged
     dtypes: dict[str, set[torch.dtype]] = field(default_factory=dict)  # phase -> those of its matrix products
     gradients: set[tuple[str, torch.dtype]] = field(default_factory=set)  # (device type, dtype)
     lora: set[tuple[str, torch.dtype]] = field(default_factory=set)  # the same, of LoRA and optimizer state
@@ -61,83 +66,90 @@ class Report:
 # ------------------------------------------------------------------------------------------- models and data
 
 
-def load(folder: Path, case: Case) -> refl_lora.Models:
-    """Models as training loads them, on the CPU; at full size without values."""
-    dtype, cpu = DTYPES[case.precision], torch.device("cpu")
-    parts = load_stable_diffusion(folder / "stable-diffusion-v1-4", dtype, cpu)
-    judge = rewards.load("imagereward", folder, cpu, dtype)
-    if case.is_full_size:
-        with torch.device("meta"):
-            unet, vae = make_unet(SIZES["full"]), make_vae(SIZES["full"])
-            reward = make_reward(SIZES["full"], judge.rewards["imagereward"].tokenizer)
-        parts.unet, parts.vae = unet.to(parts.unet.dtype), vae.to(parts.vae.dtype)
-        for tower in (reward.vision, reward.text):
-            tower.to(dtype)
-        judge.rewards["imagereward"] = reward
-        for model in (unet, vae, reward):
-            model.requires_grad_(False).eval()
-    models = refl_lora.Models(
-        unet=parts.unet,
-        lora=add_lora(parts.unet, 4, 4, 0),
-        vae=parts.vae,
-        rewards=judge,
-        ddpm=Ddpm(parts.scheduler_config, NUM_STEPS),
-        guidance=case.guidance,
-        lora_in_uncond=case.lora_in_uncond,
-        held_out=rewards.load("imagereward", folder, cpu, dtype) if case.held_out else None,
+def make_options(folder: Path, case: Case) -> Options:
+    """Options of a run with one micro-batch of two images and two denoising steps, changed by `case`."""
+    settings = {
+        "pretrained_model_name_or_path": str(folder / "stable-diffusion-v1-4"),
+        "reward_path": str(folder),
+        "train_batch_size": 2,
+        "decode_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "num_inference_steps": 2,
+        "min_stop": 0,
+        "max_stop": 0,
+        "validation_images_per_prompt": 2,
+    }
+    return Options(**settings | case.options)
+
+
+def load(options: Options, case: Case) -> Models:
+    """Models of a run, loaded on the CPU; at full size without values."""
+    models = (
+        load_full_size(options, case)
+        if case.is_full_size
+        else load_models(options, CPU, DTYPES[case.precision])
     )
-    for model in (models.unet, models.vae):
-        make_lean(model)
-        if case.gradient_checkpointing or case.low_memory:
-            model.enable_gradient_checkpointing()
-    if case.is_proven:
-        models.rewards.proven.add("imagereward")
+    if case.is_checked:
+        models.rewards.validated.add("imagereward")
     return models
 
 
-def to_cuda(models: refl_lora.Models, low_memory: bool) -> None:
-    """Put the models on the fake GPU; with `low_memory` only the LoRA, all else into pinned memory."""
-    frozen = [models.unet, models.vae, *models.rewards.modules()]
-    frozen += models.held_out.modules() if models.held_out else []
-    for model in frozen:
-        to_fake(model, torch.device("cpu") if low_memory else DEVICE)
-    models.lora = [matrix for matrix in models.unet.parameters() if matrix.requires_grad]
-    models.ddpm.timesteps = torch.empty_like(models.ddpm.timesteps, device=DEVICE)
-    if low_memory:
-        for matrix in models.lora:
-            matrix.data = matrix.data.to(DEVICE)
-        models.present = partial(offload.visit, DEVICE)
-        for model in frozen:
-            offload.pin(model)
+def load_full_size(options: Options, case: Case) -> Models:
+    """As `load_models`, with models of SD-1.4's and ImageReward's architectures in place of those loaded."""
+    dtype = DTYPES[case.precision]
+    base = families.load(options.pretrained_model_name_or_path, dtype, CPU)
+    judge = rewards.load("imagereward", options.reward_path, CPU, dtype)
+    with torch.device("meta"):
+        unet, vae = make_unet(SIZES["full"]), make_vae(SIZES["full"])
+        reward = make_reward(SIZES["full"], judge.rewards["imagereward"].tokenizer)
+    for model in (unet, vae, reward):
+        model.requires_grad_(False).eval()
+    base.unet, base.vae = unet.to(dtype), vae.to(base.vae.dtype)
+    reward.vision.to(dtype)
+    reward.text.to(dtype)
+    judge.rewards["imagereward"] = reward
+    with ExitStack() as stack:
+        for module, loaded in ((families, base), (rewards, judge)):
+            load_loaded = mock.patch.object(module, "load", lambda *_, loaded=loaded: loaded)
+            stack.enter_context(load_loaded)
+        return load_models(options, CPU, dtype)
 
 
-def embeds(case: Case, chosen: list[str]) -> Tensor:
-    """Embeddings of prompts on the CPU, shaped as `MicroBatch.prompt_embeds`."""
-    width = SIZES["full" if case.is_full_size else "tiny"]["clip"]["width"]
-    shape = (len(chosen), 77, width) if case.guidance == (1.0, 1.0) else (2, len(chosen), 77, width)
-    return torch.zeros(shape, dtype=DTYPES[case.precision])
+def to_cuda(models: Models, options: Options) -> None:
+    """Put the models on the fake GPU, or where --low_memory has them; within `fake_cuda`."""
+    home, base = CPU if options.low_memory else DEVICE, models.base
+    scorers = [scorer for scorer in (models.rewards, models.held_out) if scorer]
+    modules = [module for scorer in scorers for module in scorer.modules()]
+    for model in (base.text_encoder, base.unet, base.vae, *modules):
+        to_fake(model, home)
+    models.lora = [matrix for matrix in base.unet.parameters() if matrix.requires_grad]
+    models.schedule.timesteps = torch.empty_like(models.schedule.timesteps, device=DEVICE)
+    if options.low_memory:
+        train_models._offload(models, DEVICE)
 
 
-def micro_batches(case: Case) -> list[refl_lora.MicroBatch]:
-    """One micro-batch of two images for each of `case.stops`, on the CPU and real, as training has them."""
-    side = SIZES["full" if case.is_full_size else "tiny"]["sample_size"]
-    noise = randomness.noise((1,), range(2), (NUM_STEPS, 4, side, side))
-    pretraining = None
-    if case.pretrain_weight:
-        text = embeds(replace(case, guidance=(1.0, 1.0)), PROMPTS)
-        pretraining = refl_lora.Pretraining(noise[:, 0], torch.tensor([1, 500]), text, noise[:, 1])
-    return [
-        refl_lora.MicroBatch(PROMPTS, embeds(case, PROMPTS), noise, stop, pretraining=pretraining)
-        for stop in case.stops
-    ]
+def make_batches(folder: Path, options: Options, models: Models, case: Case) -> Batches:
+    """Data of one optimizer step, encoded on the fake GPU; with a captioned image where it has a weight."""
+    captioned = []
+    if options.pretrain_weight:
+        Image.new("RGB", (64, 64)).save(folder / "captioned.png")
+        captioned = [(folder / "captioned.png", PROMPTS[0])]
+    validation_prompts = [prompt for prompt in PROMPTS for _ in range(options.validation_images_per_prompt)]
+    inputs = Inputs(512 if case.is_full_size else 64, PROMPTS, validation_prompts, captioned)
+    batches = Batches(options, inputs, models, ACCELERATOR, range(1))
+    if case.is_full_size:  # the text encoder is a tiny one all the same
+        width, dtype = SIZES["full"]["clip"]["width"], DTYPES[case.precision]
+        embeds = {"encoder_hidden_states": torch.zeros(77, width, dtype=dtype)}
+        batches.embeds = dict.fromkeys(batches.embeds, embeds)
+    return batches
 
 
 # ----------------------------------------------------------------------------------------------------- faults
 
 
-def add_fault(fault: str, models: refl_lora.Models, batches: list[refl_lora.MicroBatch]) -> None:
+def add_fault(fault: str, models: Models, batches: list[MicroBatch]) -> None:
     """Put a mistake into the step, most of them by way of its reward."""
-    reward = models.rewards.rewards["imagereward"]
+    reward, layer = models.rewards.rewards["imagereward"], models.base.unet.conv_out
 
     def with_syncs(images: Tensor, prompts: list[str]) -> Tensor:
         total = images.mean().item()  # a read
@@ -146,14 +158,14 @@ def add_fault(fault: str, models: refl_lora.Models, batches: list[refl_lora.Micr
         total += images.detach().cpu().mean()  # a read
         return reward(images, prompts) + total + torch.tensor([0.5], device=DEVICE)  # a blocking upload
 
-    rewards_with_faults = {
+    faulty_rewards: dict[str, Callable[[Tensor, list[str]], Tensor]] = {
         "syncs": with_syncs,
         "float64": lambda images, prompts: reward(images.double(), prompts),
         "CPU tensor": lambda images, prompts: reward(images, prompts) + torch.zeros(len(prompts)),
         "boolean mask": lambda images, prompts: reward(images, prompts) + images[images > 0.5].sum(),
     }
-    if fault in rewards_with_faults:
-        models.rewards.rewards["imagereward"] = rewards_with_faults[fault]
+    if fault in faulty_rewards:
+        models.rewards.rewards["imagereward"] = faulty_rewards[fault]
     elif fault == "batch on the CPU":
         for batch in batches:
             batch.to = lambda device, batch=batch: batch
@@ -161,7 +173,6 @@ def add_fault(fault: str, models: refl_lora.Models, batches: list[refl_lora.Micr
         for matrix in models.lora:
             matrix.data = matrix.data.half()
     elif fault == "float32 layer":
-        layer = models.unet.conv_out
         layer.weight = torch.nn.Parameter(layer.weight.float(), requires_grad=False)
     else:
         raise ValueError(fault)
@@ -171,63 +182,49 @@ def add_fault(fault: str, models: refl_lora.Models, batches: list[refl_lora.Micr
 
 
 def optimizer_step(folder: Path, case: Case) -> Report:
-    """All of an optimizer step from micro-batches on the CPU to the updated LoRA."""
-    models, batches = load(folder, case), micro_batches(case)
+    """An optimizer step as refl_lora.py's loop makes it, from micro-batches on the CPU to logged numbers."""
+    options = make_options(folder, case)
+    models = load(options, case)
     with fake_cuda() as observer:
-        to_cuda(models, case.low_memory)
+        to_cuda(models, options)
+        updater = Updater(options, models, ACCELERATOR, Progress(), fp16=case.precision == "fp16")
+        micro_batches = make_batches(folder, options, models, case).micro_batches(0)
         if case.fault:
-            add_fault(case.fault, models, batches)
-        optimizer = torch.optim.AdamW(models.lora)
-        scaler = torch.amp.GradScaler("cuda", enabled=case.precision == "fp16")
+            add_fault(case.fault, models, micro_batches)
         observer.forget()
-        found = list(
-            refl_lora.refl_step(
-                models, batches, 0.01, 2.0, 2, 8, scaler.scale, observer.phase,
-                case.noise_distance_weight, case.pretrain_weight,
-            )
+        step = refl_lora.refl_step(
+            models, micro_batches, options.grad_scale, options.reward_target, options.decode_batch_size,
+            options.rollout_batch_size, updater.scaler.scale, observer.phase, options.noise_distance_weight,
+            options.pretrain_weight,
         )  # fmt: skip
-        in_step = observer.syncs.copy(), observer.float64.copy()
-        observer.syncs.clear()
-        update(models, optimizer, scaler, found)
-        state = [value for own in optimizer.state.values() for name, value in own.items() if name != "step"]
-        assert len(state) == 2 * len(models.lora), "AdamW made no update"
-        return Report(
-            *in_step,
-            update_syncs=observer.syncs,
-            dtypes={phase: set(dtypes) for phase, dtypes in observer.dtypes.items()},
-            gradients={(g.device.type, g.dtype) for _, gradients in found for g in gradients},
-            lora={(tensor.device.type, tensor.dtype) for tensor in (*models.lora, *state)},
-        )
-
-
-def update(models, optimizer, scaler, found) -> None:
-    """The rest of an optimizer step, as training makes it."""
-    gradients = [torch.zeros_like(matrix) for matrix in models.lora]
-    for _, own in found:
-        torch._foreach_add_(gradients, own)
-    loss = torch.stack([result.loss for result, _ in found]).sum()
-    told = torch.tensor(0.0, device=DEVICE)
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.stack([loss, told])])
-    *flat, ends = (flat / len(found)).split([*(matrix.numel() for matrix in models.lora), 2])
-    ends.tolist()
-    for matrix, gradient in zip(models.lora, flat, strict=True):
-        matrix.grad = gradient.view_as(matrix)
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(models.lora, 1.0).item()
-    scaler.step(optimizer)
-    scaler.update()
+        micro_steps = list(step)
+        report = Report(observer.syncs.copy(), observer.float64.copy())
+        report.dtypes = {phase: set(dtypes) for phase, dtypes in observer.dtypes.items()}
+        report.gradients = {(g.device.type, g.dtype) for _, gradients in micro_steps for g in gradients}
+        observer.forget()
+        accumulated = updater.accumulate(micro_steps)
+        update = updater(accumulated, stop_requested=False)
+        report.update_syncs = observer.syncs.copy()
+        observer.forget()
+        Metrics(options, models.rewards, ACCELERATOR)(accumulated, micro_batches, update, {"total": 1.0})
+        report.metrics_syncs = observer.syncs.copy()
+        moments = [
+            own[name] for own in updater.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
+        ]
+        assert len(moments) == 2 * len(models.lora), "AdamW has made no update"
+        report.lora = {(tensor.device.type, tensor.dtype) for tensor in (*models.lora, *moments)}
+        return report
 
 
 def validation(folder: Path, case: Case) -> Report:
-    """The validation of two prompts, two images each."""
-    models = load(folder, case)
-    accelerator = SimpleNamespace(
-        process_index=0, num_processes=1, device=DEVICE, gather=lambda tensor: tensor
-    )
-    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    """A validation of two prompts, two images each."""
+    options = make_options(folder, case)
+    models = load(options, case)
     with fake_cuda() as observer:
-        to_cuda(models, case.low_memory)
+        to_cuda(models, options)
+        batches = make_batches(folder, options, models, case)
+        validator = Validator(options, models, batches, ACCELERATOR, refl_lora.rollout)
         observer.forget()
-        found = refl_lora.validate(models, prompts, 2, partial(embeds, case), (4, 8, 8), 0, 2, accelerator)
-        assert found.scores.shape == (1, len(prompts))
+        validated = validator(0, SimpleNamespace(is_open=False))
+        assert validated.images.shape == (4, 3, 64, 64) and validated.images.is_cuda
         return Report(observer.syncs, observer.float64)

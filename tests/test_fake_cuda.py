@@ -14,19 +14,24 @@ import torch
 from fake_cuda_step import Case, Report
 
 FLOAT32 = {("cuda", torch.float32)}
+GUIDED = {"guidance_scale": 3.0}
+REGULARISED = {"noise_distance_weight": 1.0, "pretrain_weight": 0.5}
+# Host syncs of the updater, once an optimizer step: whether to stop is sent, loss and answer are read, and
+# the gradient norm; in float16 the scale before and after, and whether a gradient overflowed.
+UPDATE_SYNCS = {"fp32": 3, "bf16": 3, "fp16": 7}
 CASES = {
     "bf16": Case(),
-    "fp32 with gradient checkpointing": Case("fp32", gradient_checkpointing=True),
-    "fp16, guided": Case("fp16", guidance=(3.0, 3.0)),
+    "fp32 with gradient checkpointing": Case("fp32", {"gradient_checkpointing": True}),
+    "fp16, guided": Case("fp16", GUIDED),
     "guided in the rollout alone, the LoRA off for the empty prompt": Case(
-        stops=(1, 0), guidance=(3.0, 1.0), lora_in_uncond=False
+        options=GUIDED
+        | {"guidance_in": "rollout", "lora_in_uncond": False, "max_stop": 1, "gradient_accumulation_steps": 3}
     ),
-    "noise distance and pretraining": Case(noise_distance_weight=1.0, pretrain_weight=0.5),
-    "low memory, all at once": Case(
-        "fp16", (3.0, 3.0), low_memory=True, noise_distance_weight=1.0, pretrain_weight=0.5
-    ),
+    "regularised": Case(options=REGULARISED),
+    "low memory, all at once": Case("fp16", {"low_memory": True} | GUIDED | REGULARISED),
     "full size": Case(is_full_size=True),
 }
+DEFAULT_TIER = ("bf16", "low memory, all at once")
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +56,6 @@ def step(process, tiny):
     return run
 
 
-DEFAULT_TIER = ("bf16", "low memory, all at once")
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DEFAULT_TIER)) for name in CASES]
 )
@@ -67,20 +69,19 @@ def test_a_step_stays_on_the_gpu_in_its_precision(step, name):
         "decode": {torch.float32 if dtype == torch.float16 else dtype},  # it overflows in float16
         "reward": {dtype, torch.float32},  # its head and its score are in float32
         "grad_step": {dtype},
-    } | ({"pretraining": {dtype}} if case.pretrain_weight else {})
+    } | ({"pretraining": {dtype}} if case.options.get("pretrain_weight") else {})
     assert {phase: report.dtypes[phase] for phase in expected} == expected
-    # Once an optimizer step, after the last micro-batch: a flag is sent, loss and flag are read, the gradient
-    # norm is read, and GradScaler reads whether a gradient overflowed.
-    assert report.update_syncs.total() == 3 + (dtype == torch.float16)
+    assert report.update_syncs.total() == UPDATE_SYNCS[case.precision], report.update_syncs
 
 
 def test_the_first_gradient_of_a_reward_costs_three_reads(step):
-    assert step(Case(is_proven=False)).syncs.total() == 3
+    assert step(Case(is_checked=False)).syncs.total() == 3
 
 
 def test_a_validation_sends_and_reads_once(process, tiny):
-    report = fake_cuda.call(process, fake_cuda_step.validation, tiny, Case(low_memory=True))
-    assert report.syncs.total() == 2
+    case = Case(options={"low_memory": True})
+    report = fake_cuda.call(process, fake_cuda_step.validation, tiny, case)
+    assert report.syncs.total() == 2, report.syncs
 
 
 # ---------------------------------------------------------------------- faults that these tests must not miss
