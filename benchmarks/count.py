@@ -61,7 +61,8 @@ def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
     """TFLOP an image of each part of our step."""
     found = {}
     reward = imagereward.load_empty(folders[1])
-    with memory.without_content(folders[0], 4, torch.float32) as (unet, vae):
+    with memory.without_content(folders[0], 4, torch.float32) as base:
+        unet, vae = base.unet, base.vae
         memory.empty(reward)
         for model in (unet, vae):
             make_lean(model)
@@ -96,7 +97,8 @@ def count_baseline(folders: tuple[str, str], resolution: int, batch_size: int, d
     In half precision autocast is the CPU's; CUDA's also casts normalisations to float32, and keeps more.
     """
     reward = imagereward.load_empty(folders[1], dtype)
-    with memory.without_content(folders[0], 4, dtype) as (unet, vae):
+    with memory.without_content(folders[0], 4, dtype) as base:
+        unet, vae = base.unet, base.vae
         memory.empty(reward)
         baseline_step.use_eager_attention(reward)
         lora = [p for p in unet.parameters() if p.requires_grad]
@@ -133,7 +135,8 @@ class Launches(TorchDispatchMode):
 
 def count_launches(folders: tuple[str, str], batch_size: int, is_lean: bool) -> tuple[int, float]:
     """Operations of one UNet forward at 512x512 in bfloat16 without gradient, and the GB that they touch."""
-    with memory.without_content(folders[0], 4, torch.bfloat16) as (unet, _), torch.no_grad():
+    with memory.without_content(folders[0], 4, torch.bfloat16) as base, torch.no_grad():
+        unet = base.unet
         if is_lean:
             make_lean(unet)
         with (
@@ -147,7 +150,8 @@ def count_launches(folders: tuple[str, str], batch_size: int, is_lean: bool) -> 
 
 def count_inference(folders: tuple[str, str], batch_size: int, dtype: torch.dtype, is_plain: bool) -> float:
     """GiB of drawing images of 512x512 with guidance; `is_plain`: all decoded at once, in `dtype`."""
-    with memory.without_content(folders[0], 4, dtype) as (unet, vae), torch.no_grad():
+    with memory.without_content(folders[0], 4, dtype) as base, torch.no_grad():
+        unet, vae = base.unet, base.vae
         if is_plain:
             memory.empty(vae, dtype)
         weights = sum(p.nbytes for model in (unet, vae) for p in model.parameters())

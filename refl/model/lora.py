@@ -1,14 +1,13 @@
 """LoRA (Hu et al. 2021): added to a UNet, packed, unpacked, converted; its files and their metadata."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from refl.system.errors import UserError
 
 import torch
-from diffusers import (
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
@@ -18,18 +17,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention, self and cross
+ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # self and cross attention
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds it in a folder
 KOHYA_FILE = "kohya_lora.safetensors"
 METADATA_KEY = "refl"  # our entry of the file's metadata, JSON
 
 
-def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, seed: int) -> list[torch.nn.Parameter]:
-    """Put a LoRA (Hu et al. 2021) into the attention layers, initially zero; returns its matrices, float32,
-    trainable."""
+def add_lora(
+    unet: UNet2DConditionModel,
+    rank: int,
+    alpha: float,
+    seed: int,
+    targets: Sequence[str] = ATTENTION_LAYERS,
+) -> list[torch.nn.Parameter]:
+    """Add a LoRA (Hu et al. 2021), initially zero, to the layers whose names end in one of `targets`.
+
+    Returns its matrices, float32 and trainable.
+    """
     torch.manual_seed(seed)
     unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS))
+        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     )
     cast_training_params(unet, torch.float32)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]

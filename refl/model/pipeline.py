@@ -5,9 +5,10 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from refl.model import families
 from refl.model.lean import lora_off, make_lean
 from refl.model.lora import lora_file, read_metadata
-from refl.model.stable_diffusion import decode, load_stable_diffusion, vae_factor
+from refl.model.stable_diffusion import decode, vae_factor
 from refl.system.errors import UserError
 
 import torch
@@ -84,7 +85,7 @@ def load_pipeline(
 ) -> StableDiffusionPipeline:
     """diffusers' pipeline with one of `SAMPLERS`; decodes in float32 where `dtype` is float16, image by
     image."""
-    parts = load_stable_diffusion(folder, dtype, device)
+    parts = families.load(folder, dtype, device)
     pipeline = StableDiffusionPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,

@@ -1,11 +1,12 @@
 """Stable Diffusion 1.x: text encoder, UNet and VAE, loaded from diffusers' layout and frozen."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from refl.model.conditioning import Embeds
+from refl.model.lora import ATTENTION_LAYERS
 from refl.system.errors import UserError
 
 import torch
@@ -14,18 +15,20 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+CLIP_TOKENS = 77  # of a prompt
+
 
 @dataclass
 class StableDiffusion:
     """The frozen parts and what training does with them; `unet` may carry a LoRA."""
 
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel | None  # None once the prompts are encoded
     vae: AutoencoderKL
     unet: UNet2DConditionModel
-    scheduler_config: dict
+    tokenizer: CLIPTokenizer | None = None
+    text_encoder: CLIPTextModel | None = None  # None once the prompts are encoded
+    scheduler_config: dict = field(default_factory=dict)
 
-    lora_targets: ClassVar = ("to_q", "to_k", "to_v", "to_out.0")  # attention layers, self and cross
+    lora_targets: ClassVar = ATTENTION_LAYERS
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = 32) -> Iterator[Embeds]:
@@ -52,6 +55,11 @@ class StableDiffusion:
     def encode(self, image: Tensor) -> Tensor:
         """Latents (C, h, w) of an image (3, H, W) in [-1, 1]; see `encode`."""
         return encode(self.vae, image)
+
+    def empty_embeds(self, batch_size: int, dtype: torch.dtype) -> Embeds:
+        """Embeddings of the right shape without content, for counting memory."""
+        tokens, width = CLIP_TOKENS, self.unet.config.cross_attention_dim
+        return {"encoder_hidden_states": torch.empty(batch_size, tokens, width, dtype=dtype)}
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of square images with `resolution` pixels a side."""
@@ -89,6 +97,21 @@ def load_stable_diffusion(
     for part in (parts.text_encoder, parts.vae, parts.unet):
         part.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return parts
+
+
+def load_empty_stable_diffusion(folder: str | Path) -> StableDiffusion:
+    """UNet, and VAE without its encoder, on the meta device. Raises `UserError`."""
+    try:
+        with torch.device("meta"):
+            config = UNet2DConditionModel.load_config(folder, subfolder="unet")
+            unet = UNet2DConditionModel.from_config(config)
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+    except Exception as error:  # configurations of another model raise many kinds
+        raise not_loadable(folder, error) from error
+    vae.encoder = None
+    for model in (unet, vae):
+        model.requires_grad_(False)
+    return StableDiffusion(vae, unet)
 
 
 def _load_part(cls: type, folder: str | Path, part: str, **dtype: torch.dtype) -> torch.nn.Module:

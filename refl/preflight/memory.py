@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from refl.model import families
 from refl.model.lean import make_lean
 from refl.model.lora import add_lora
 from refl.model.offload import pinned_size
-from refl.model.stable_diffusion import decode, not_loadable, vae_factor
 from refl.reward import rewards
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,7 +71,8 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
     """
     low_memory, trained_on = options.low_memory, rewards.parse(options.reward)
     judges = empty_rewards(options, dtype)
-    with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as (unet, vae):
+    with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as base:
+        unet, vae = base.unet, base.vae
         for model in (unet, vae):
             make_lean(model)
             if options.gradient_checkpointing or low_memory:
@@ -80,14 +80,13 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
         for reward in judges.values():
             empty(reward)
         lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-        side = resolution // vae_factor(vae)
+        shape = base.latent_shape(resolution)
         is_guided = options.guidance_scale != 1 and options.lora_in_uncond  # else one half after the other
 
         def predict_noise(size: int, guidance_in: str) -> Tensor:
             guided = 2 if is_guided and options.guidance_in in ("both", guidance_in) else 1
-            latents = torch.empty(guided * size, unet.config.in_channels, side, side, dtype=dtype)
-            prompt_embeds = torch.empty(guided * size, 77, unet.config.cross_attention_dim, dtype=dtype)
-            return unet(latents, torch.tensor(1), prompt_embeds).sample
+            latents = torch.empty(guided * size, *shape, dtype=dtype)
+            return base.denoise(latents, torch.tensor(1), base.empty_embeds(guided * size, dtype))
 
         def rollout() -> None:
             size = max(options.rollout_batch_size, options.train_batch_size)
@@ -97,8 +96,8 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
 
         def decoder_and_reward() -> None:
             size = options.decode_batch_size
-            x0 = torch.empty(size, unet.config.in_channels, side, side, requires_grad=True)
-            images = decode(vae, x0).clamp(0, 1)
+            x0 = torch.empty(size, *shape, requires_grad=True)
+            images = base.decode(x0).clamp(0, 1)
             scores = [reward(images, [""] * size) for name, reward in judges.items() if name in trained_on]
             torch.autograd.grad(sum(scores).sum() if scores else images.mean(), x0)
 
@@ -123,8 +122,8 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
 def pinned(options: Any, dtype: torch.dtype) -> float:
     """GiB of pinned host memory that each process needs for the frozen models with --low_memory."""
     judges = empty_rewards(options, dtype).values()
-    with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as models:
-        return sum(pinned_size(model) for model in (*models, *judges)) / 2**30
+    with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as base:
+        return sum(pinned_size(model) for model in (base.unet, base.vae, *judges)) / 2**30
 
 
 def empty_rewards(options: Any, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -139,26 +138,16 @@ def _frozen_bytes(model: nn.Module) -> int:
 
 
 @contextmanager
-def without_content(
-    folder: str | Path, rank: int, dtype: torch.dtype
-) -> Iterator[tuple[UNet2DConditionModel, AutoencoderKL]]:
-    """UNet with LoRA and VAE without encoder, as training loads them but without content; no tensor that is
-    created in the block has any."""
-    try:
-        with torch.device("meta"):
-            config = UNet2DConditionModel.load_config(folder, subfolder="unet")
-            unet = UNet2DConditionModel.from_config(config)
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-            for model in (unet, vae):
-                model.requires_grad_(False)
-            add_lora(unet, rank, rank, 0)
-    except Exception as error:  # configurations of another model raise many kinds
-        raise not_loadable(folder, error) from error
-    vae.encoder = None
+def without_content(folder: str | Path, rank: int, dtype: torch.dtype) -> Iterator[families.Family]:
+    """The model with its LoRA, as training loads it but without content; no tensor that is created in the
+    block has any."""
+    base = families.find(folder).load_empty(folder)
+    with torch.device("meta"):
+        add_lora(base.unet, rank, rank, 0, base.lora_targets)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        empty(unet, dtype)
-        empty(vae, torch.float32 if dtype == torch.float16 else dtype)
-        yield unet, vae
+        empty(base.unet, dtype)
+        empty(base.vae, torch.float32 if dtype == torch.float16 else dtype)
+        yield base
 
 
 def empty(model: nn.Module, dtype: torch.dtype | None = None) -> None:

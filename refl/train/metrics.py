@@ -50,7 +50,7 @@ class Metrics:
     def _averaged(
         self, accumulated: Accumulated, batches: Sequence[MicroBatch], seconds: dict[str, float]
     ) -> dict[str, float]:
-        """Each process's own numbers, averaged over processes."""
+        """Averages over processes of each process's numbers."""
         results, device = accumulated.results, self.accelerator.device
         norms = [norm / accumulated.scale / self.options.grad_scale for norm in accumulated.norms]
         numbers = {
@@ -63,11 +63,12 @@ class Metrics:
             values = [result.regularisers[name] for result in results]
             numbers[f"regularisers/{name}"] = torch.stack(values).mean()
         numbers["images/saturated"] = torch.stack([result.saturated for result in results]).mean()
-        numbers |= {f"seconds/{name}": torch.tensor(value) for name, value in seconds.items()}
-        numbers["memory/peak_gib"] = torch.tensor(devices.peak_memory(device))
-        vector = torch.stack([number.float().to(device) for number in numbers.values()])
+        on_host = {f"seconds/{name}": value for name, value in seconds.items()}
+        on_host["memory/peak_gib"] = devices.peak_memory(device)
+        vector = torch.stack([number.float() for number in numbers.values()])
+        vector = torch.cat([vector, torch.tensor(list(on_host.values())).to(device, non_blocking=True)])
         means = self.accelerator.reduce(vector, reduction="mean").tolist()
-        return dict(zip(numbers, means, strict=True))
+        return dict(zip([*numbers, *on_host], means, strict=True))
 
 
 def nonfinite(values: dict[str, float]) -> str:

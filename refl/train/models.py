@@ -69,7 +69,7 @@ def load_models(options: Options, device: torch.device, dtype: torch.dtype) -> M
     """
     home = torch.device("cpu") if options.low_memory else device
     base = families.load(options.pretrained_model_name_or_path, dtype, home)
-    lora = add_lora(base.unet, options.rank, options.alpha, options.seed)
+    lora = add_lora(base.unet, options.rank, options.alpha, options.seed, base.lora_targets)
     models = Models(
         base=base,
         lora=lora,

@@ -98,7 +98,7 @@ class Updater:
         A loss that is not finite on one process makes every process's gradient NaN.
         """
         loss = torch.stack([result.loss for result in accumulated.results]).sum()
-        requested = torch.tensor(float(stop_requested), device=loss.device)
+        requested = torch.full((), float(stop_requested), device=loss.device)  # torch.tensor would wait
         flat = torch.cat([*(g.flatten() for g in accumulated.gradients), torch.stack([loss, requested])])
         flat = self.accelerator.reduce(flat / len(accumulated.results), reduction="mean")
         *gradients, ends = flat.split([*(matrix.numel() for matrix in self.lora), 2])
