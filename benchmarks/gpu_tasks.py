@@ -206,13 +206,13 @@ def offloading(options: Options) -> Result:
 
     run("first")
     resident = run("resident")
-    for model in (models.unet, models.vae, *models.rewards.modules()):
+    for model in (models.base.unet, models.base.vae, *models.rewards.modules()):
         model.cpu()
         if device.type == "cuda":
             offload.pin(model)
     for matrix in models.lora:
         matrix.data = matrix.data.to(device)
-    models.present = partial(offload.visit, device)
+    models.on_device = partial(offload.on_device, device)
     numbers |= difference(run("offloaded"), resident)
     relative = numbers["relative_difference"]
     return check(

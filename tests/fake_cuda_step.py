@@ -46,7 +46,7 @@ class Case:
     precision: str = "bf16"
     options: dict = field(default_factory=dict)  # of refl_lora.py, by name
     is_full_size: bool = False  # SD-1.4 and ImageReward at 512 x 512, instead of tiny models
-    is_checked: bool = True  # the rewards' first gradient has been checked before
+    is_checked: bool = True  # the reward's first scores and gradient have been checked before
     fault: str | None = None
 
 
@@ -75,6 +75,7 @@ def make_options(folder: Path, case: Case) -> Options:
         "decode_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "num_inference_steps": 2,
+        "reward_target": 2.0,
         "min_stop": 0,
         "max_stop": 0,
         "validation_images_per_prompt": 2,
@@ -91,6 +92,7 @@ def load(options: Options, case: Case) -> Models:
     )
     if case.is_checked:
         models.rewards.validated.add("imagereward")
+        models.rewards.finite.add("imagereward")
     return models
 
 
