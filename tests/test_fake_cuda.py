@@ -16,9 +16,9 @@ from fake_cuda_step import Case, Report
 FLOAT32 = {("cuda", torch.float32)}
 GUIDED = {"guidance_scale": 3.0}
 REGULARISED = {"noise_distance_weight": 1.0, "pretrain_weight": 0.5}
-# Host syncs of the updater, once an optimizer step: whether to stop is sent, loss and answer are read, and
+# Host syncs of the updater, once an optimizer step: loss and whether to stop are read together, and
 # the gradient norm; in float16 the scale before and after, and whether a gradient overflowed.
-UPDATE_SYNCS = {"fp32": 3, "bf16": 3, "fp16": 7}
+UPDATE_SYNCS = {"fp32": 2, "bf16": 2, "fp16": 6}
 CASES = {
     "bf16": Case(),
     "fp32 with gradient checkpointing": Case("fp32", {"gradient_checkpointing": True}),
