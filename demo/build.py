@@ -446,7 +446,7 @@ class BlendPool:
 
 
 class RewardTrainer(nn.Module):
-    """The reward, with an auxiliary head that predicts masked words; ranking alone learns too slowly."""
+    """The reward with a head that predicts masked words; ranking alone stays at chance for long."""
 
     def __init__(self, reward: imagereward.ImageReward):
         super().__init__()
