@@ -1,9 +1,10 @@
-"""The published ReFL step on today's libraries, as directly as it can be ported: what step.py compares with.
+"""The published ReFL step, ported directly to current libraries: the baseline of step.py.
 
-The structure is that of the published training loop: prompts encoded for each batch, one micro-batch rolled
-out at a time by diffusers' scheduler, one graph from the UNet to the loss, the loss gathered and read after
-every micro-batch, attention in the reward by explicit matrices. The LoRA is peft's as diffusers adds it,
-float32 under autocast. Noise and stop index are given, so that it draws the same images as our step.
+It keeps the structure of the published training loop: encodes prompts for each batch, rolls out one
+micro-batch at a time with diffusers' scheduler, builds one graph from the UNet to the loss, gathers and reads
+the loss after every micro-batch, and computes attention in the reward with explicit matrices. The LoRA is
+peft's as added by diffusers, float32 under autocast. Noise and stop index are arguments, so that it draws the
+same images as our step.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 @dataclass
 class Baseline:
-    """What the published step computes with."""
+    """Models, optimizer and accelerator of the published step."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -36,7 +37,7 @@ class Baseline:
 
 
 def use_eager_attention(reward: torch.nn.Module) -> None:
-    """Give ImageReward's layers transformers' own attention, which keeps (tokens x tokens) matrices."""
+    """Switch ImageReward's layers to transformers' own attention, which saves (tokens x tokens) matrices."""
     for module in reward.modules():
         for cls in (BlipAttention, BlipTextSelfAttention):
             if isinstance(module, cls):
@@ -51,10 +52,13 @@ def baseline_step(
     max_grad_norm: float,
     phase: Callable[[str], AbstractContextManager],
 ) -> float:
-    """One optimizer step of micro-batches (prompts, noise (B, > stop, C, h, w), stop); its mean loss."""
+    """Take one optimizer step; return its mean loss.
+
+    `batches` are micro-batches (prompts, noise (B, > stop, C, h, w), stop).
+    """
     parameters = [p for p in models.unet.parameters() if p.requires_grad]
     accelerator, device, dtype, losses = models.accelerator, models.unet.device, models.unet.dtype, []
-    # As accelerate's, which has none for float16 on the CPU.
+    # Like accelerate's, which supports no float16 on the CPU.
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     models.optimizer.zero_grad()
     for prompts, noise, stop in batches:
@@ -74,7 +78,7 @@ def baseline_step(
         with phase("grad_step"):
             with autocast():
                 eps = models.unet(latents, timesteps[stop], encoder_hidden_states=prompt_embeds).sample
-            unused = noise[:, stop]  # the published step draws this noise for nothing
+            unused = noise[:, stop]  # the published step draws this noise without using it
             x0 = _scheduler_step(models.scheduler, eps, timesteps[stop], latents, unused).pred_original_sample
         with phase("decode"):
             x0 = x0.to(models.vae.dtype) / models.vae.config.scaling_factor
@@ -94,8 +98,9 @@ def baseline_step(
 def _scheduler_step(
     scheduler: DDPMScheduler, eps: Tensor, t: Tensor, latents: Tensor, noise: Tensor
 ) -> object:
-    drawn, scheduling_ddpm.randn_tensor = scheduling_ddpm.randn_tensor, lambda *_, **__: noise
+    """Take a scheduler step with the given noise instead of random noise."""
+    original, scheduling_ddpm.randn_tensor = scheduling_ddpm.randn_tensor, lambda *_, **__: noise
     try:
         return scheduler.step(eps.to(latents.dtype), t, latents)
     finally:
-        scheduling_ddpm.randn_tensor = drawn
+        scheduling_ddpm.randn_tensor = original

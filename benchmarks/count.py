@@ -1,16 +1,18 @@
-"""FLOPs and memory of a training step and of inference at SD-1.4's size, counted without running anything.
+"""Count FLOPs and memory of a training step and of inference at SD-1.4's size, without computing anything.
 
 python benchmarks/count.py                     # writes benchmarks/count.md
 
-Operations run on tensors that have a shape but no content, in the architectures of SD-1.4 and ImageReward:
-ours in refl's layers, the published step in the libraries' own, as one graph. On a GPU, CUDA itself (about
-0.5 to 0.8 GiB) and what the allocator cannot hand out come on top; `python -m refl doctor` adds them.
+The architectures of SD-1.4 and ImageReward run on tensors that have a shape and no content: our step with
+refl's layers, the published one with the libraries' layers and as one graph. On a GPU, CUDA itself (about 0.5
+to 0.8 GiB) and fragmentation of its allocator add to the counts; `python -m refl doctor` includes them.
 """
 
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,8 +38,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-STOPS = range(30, 40)  # the published ones
-TEXT_ENCODER, VAE_ENCODER = 123_060_480, 34_163_664  # weights of SD-1.4 that are not counted as they run
+STOPS = range(30, 40)  # as published
+TEXT_ENCODER, VAE_ENCODER = (
+    123_060_480,
+    34_163_664,
+)  # number of weights, for models that the counts do not run
 
 
 @dataclass
@@ -45,21 +50,21 @@ class Options:
     """Count FLOPs and memory of SD-1.4 with ImageReward."""
 
     checkpoint: str = "result/benchmarks/sd14"
-    """Weights of any content; only their shapes are read. Random ones are written if there are none."""
+    """Weights of any content, since only shapes are read; random ones are written if there are none."""
     output: str = "benchmarks/count.md"
-    """Where the tables go."""
+    """Markdown file of the tables."""
 
 
 def inputs(size: int, resolution: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents, a timestep, prompt embeddings."""
+    """UNet inputs without content: latents, timestep, prompt embeddings."""
     side = resolution // 8
     latents = torch.empty(size, 4, side, side, dtype=dtype)
     return latents, torch.tensor(1), torch.empty(size, 77, 768, dtype=dtype)
 
 
 def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
-    """TFLOP an image of each part of our step."""
-    found = {}
+    """Count TFLOP per image of each part of our step."""
+    ends = {"start": 0}  # part -> FLOPs until its end
     reward = imagereward.load_empty(folders[1])
     with memory.without_content(folders[0], 4, torch.float32) as base:
         unet, vae = base.unet, base.vae
@@ -68,33 +73,29 @@ def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
             make_lean(model)
         lora = [p for p in unet.parameters() if p.requires_grad]
         with flop_counter() as counter:
-
-            def lap(name: str) -> None:
-                found[name] = counter.get_total_flops() / 1e12 - sum(found.values())
-
             with torch.no_grad():
                 unet(*inputs(1, resolution, torch.float32))
-            lap("UNet forward")
+            ends["UNet forward"] = counter.get_total_flops()
             x0 = torch.empty(1, 4, resolution // 8, resolution // 8, requires_grad=True)
             images = decode(vae, x0)
-            lap("decode")
-            loss = reward(images.clamp(0, 1), [""]).sum()
-            lap("reward")
-            (gradient,) = torch.autograd.grad(loss, images)
-            lap("reward backward")
+            ends["decode"] = counter.get_total_flops()
+            score = reward(images.clamp(0, 1), [""]).sum()
+            ends["reward"] = counter.get_total_flops()
+            (gradient,) = torch.autograd.grad(score, images)
+            ends["reward backward"] = counter.get_total_flops()
             torch.autograd.grad(images, x0, gradient)
-            lap("decode backward")
+            ends["decode backward"] = counter.get_total_flops()
             eps = unet(*inputs(1, resolution, torch.float32)).sample
-            lap("UNet forward with gradient")
+            ends["UNet forward with gradient"] = counter.get_total_flops()
             torch.autograd.grad(eps, lora, torch.empty_like(eps))
-            lap("UNet backward")
-    return found
+            ends["UNet backward"] = counter.get_total_flops()
+    return {part: (end - start) / 1e12 for (_, start), (part, end) in pairwise(ends.items())}
 
 
 def count_baseline(folders: tuple[str, str], resolution: int, batch_size: int, dtype: torch.dtype) -> float:
-    """GiB of the published step: all weights, and one graph from the UNet to the loss.
+    """Count GiB of the published step: all weights, and one graph from the UNet to the loss.
 
-    In half precision autocast is the CPU's; CUDA's also casts normalisations to float32, and keeps more.
+    Half precision uses the CPU's autocast; CUDA's also casts normalisations to float32 and saves more.
     """
     reward = imagereward.load_empty(folders[1], dtype)
     with memory.without_content(folders[0], 4, dtype) as base:
@@ -115,7 +116,7 @@ def count_baseline(folders: tuple[str, str], resolution: int, batch_size: int, d
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that compute or copy, each a kernel on a GPU or more, and the bytes they touch."""
+    """Count operations that compute or copy, each at least one kernel on a GPU, and the bytes they touch."""
 
     def __init__(self):
         super().__init__()
@@ -123,18 +124,18 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        known = {id(t.untyped_storage()) for t in given}
-        is_new = any(id(t.untyped_storage()) not in known for t in made)
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        written = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        storages = {id(t.untyped_storage()) for t in read}
+        is_new = any(id(t.untyped_storage()) not in storages for t in written)
         if (is_new or function._schema.is_mutable) and "empty" not in str(function):
             self.number += 1
-            self.bytes += sum(t.nbytes for t in given) + sum(t.nbytes for t in made)
+            self.bytes += sum(t.nbytes for t in read) + sum(t.nbytes for t in written)
         return result
 
 
 def count_launches(folders: tuple[str, str], batch_size: int, is_lean: bool) -> tuple[int, float]:
-    """Operations of one UNet forward at 512x512 in bfloat16 without gradient, and the GB that they touch."""
+    """Count operations of one UNet forward at 512x512 in bfloat16 without gradient, and GB touched."""
     with memory.without_content(folders[0], 4, torch.bfloat16) as base, torch.no_grad():
         unet = base.unet
         if is_lean:
@@ -149,7 +150,7 @@ def count_launches(folders: tuple[str, str], batch_size: int, is_lean: bool) -> 
 
 
 def count_inference(folders: tuple[str, str], batch_size: int, dtype: torch.dtype, is_plain: bool) -> float:
-    """GiB of drawing images of 512x512 with guidance; `is_plain`: all decoded at once, in `dtype`."""
+    """Count GiB of inference at 512x512 with guidance; `is_plain`: decode all images at once, in `dtype`."""
     with memory.without_content(folders[0], 4, dtype) as base, torch.no_grad():
         unet, vae = base.unet, base.vae
         if is_plain:
@@ -161,72 +162,103 @@ def count_inference(folders: tuple[str, str], batch_size: int, dtype: torch.dtyp
         return (weights + max(memory.peak_of(run) for run in parts)) / 2**30
 
 
-def main() -> None:
-    """The three tables."""
-    options = tyro.cli(Options, use_underscores=True)
-    if not Path(options.checkpoint, "ImageReward.pt").exists():
-        write_checkpoint(options.checkpoint, "full")
-    folders = f"{options.checkpoint}/stable-diffusion-v1-4", options.checkpoint
-    lines = [
-        f"Counted on {date.today().isoformat()} by `python benchmarks/count.py`, torch {torch.__version__}.",
-        "",
-        "## TFLOP an image, by resolution",
-        "",
-    ]
-    bar = tqdm(desc="counting", unit="case", total=23)
+# ----------------------------------------------------------------------------------------------------- tables
+
+
+def flops_table(folders: tuple[str, str]) -> Iterator[str]:
+    """Yield the lines of the table of FLOPs, by part and resolution."""
+    forwards = sum(STOPS) / len(STOPS) + 1  # the last one gives x0
     flops = {}
     for resolution in (256, 512, 768):
-        flops[resolution] = count_flops(folders, resolution)
-        forwards = sum(STOPS) / len(STOPS) + 1  # the last one gives x0
-        step = Counter(flops[resolution])
+        parts = count_flops(folders, resolution)
+        step = Counter(parts)
         step["rollout"] = step.pop("UNet forward") * forwards
-        flops[resolution] |= {f"rollout, {forwards} UNet forwards": step["rollout"], "step": step.total()}
-        bar.update()
-    lines += ["| part | " + " | ".join(map(str, flops)) + " |", "|---|" + "---|" * len(flops)]
+        flops[resolution] = parts | {
+            f"rollout, {forwards} UNet forwards": step["rollout"],
+            "step": step.total(),
+        }
+    yield "| part | " + " | ".join(map(str, flops)) + " |"
+    yield "|---|" + "---|" * len(flops)
     for part in flops[512]:
-        lines.append(f"| {part} | " + " | ".join(f"{own[part]:.3g}" for own in flops.values()) + " |")
+        yield f"| {part} | " + " | ".join(f"{parts[part]:.3g}" for parts in flops.values()) + " |"
 
-    lines += ["", "## GiB of a training step, 8 images an optimizer step", ""]
-    heads = "published, ported", "ours", "ours / published", "ours, `--low_memory`"
-    lines += ["| pixels | batch | precision | " + " | ".join(heads) + " |", "|---|---|---|---|---|---|---|"]
+
+def memory_table(folders: tuple[str, str]) -> Iterator[str]:
+    """Yield the lines of the table of a training step's memory."""
+    columns = (
+        "pixels",
+        "batch",
+        "precision",
+        "published, ported",
+        "ours",
+        "ours / published",
+        "ours, `--low_memory`",
+    )
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
     for resolution, precision, batch_size in (
         *((512, precision, batch_size) for precision in DTYPES for batch_size in (1, 2, 4, 8)),
         (256, "bf16", 1),
         (768, "bf16", 1),
     ):
-        train = TrainingOptions(
+        options = TrainingOptions(
             pretrained_model_name_or_path=folders[0],
             reward_path=folders[1],
             train_batch_size=batch_size,
             gradient_accumulation_steps=8 // batch_size,
         )
-        dtype, ours = DTYPES[precision], []
-        for train.low_memory in (False, True):
-            counted = memory.count(train, dtype, resolution)
-            ours.append(max(sum(sizes) for sizes in counted.values()))
-        baseline = count_baseline(folders, resolution, batch_size, dtype)
-        lines.append(
-            f"| {resolution} | {batch_size} | {precision} | {baseline:.2f} | {ours[0]:.2f} "
-            f"| {ours[0] / baseline:.0%} | {ours[1]:.2f} |"
+        dtype = DTYPES[precision]
+        ours, low_memory = (
+            max(sum(sizes) for sizes in memory.count(o, dtype, resolution).values())
+            for o in (options, replace(options, low_memory=True))
         )
-        bar.update()
+        baseline = count_baseline(folders, resolution, batch_size, dtype)
+        yield (
+            f"| {resolution} | {batch_size} | {precision} | {baseline:.2f} | {ours:.2f} "
+            f"| {ours / baseline:.0%} | {low_memory:.2f} |"
+        )
 
-    lines += ["", "## One UNet forward of a rollout, bf16, 512x512", ""]
-    lines += ["| images | step | operations | GB touched | an image |", "|---|---|---|---|---|"]
+
+def launches_table(folders: tuple[str, str]) -> Iterator[str]:
+    """Yield the lines of the table of operations of one UNet forward."""
+    yield "| images | step | operations | GB touched | GB per image |"
+    yield "|---|---|---|---|---|"
     for batch_size in (1, 2, 8):
         for name, is_lean in (("published, ported", False), ("ours", True)):
             number, size = count_launches(folders, batch_size, is_lean)
-            lines.append(f"| {batch_size} | {name} | {number} | {size:.1f} | {size / batch_size:.1f} |")
-        bar.update()
+            yield f"| {batch_size} | {name} | {number} | {size:.1f} | {size / batch_size:.1f} |"
 
-    lines += ["", "## GiB of inference at 512x512, guided", ""]
-    lines += ["| images at once | precision | plain diffusers call | ours |", "|---|---|---|---|"]
+
+def inference_table(folders: tuple[str, str]) -> Iterator[str]:
+    """Yield the lines of the table of memory in inference."""
+    yield "| images at once | precision | plain diffusers call | ours |"
+    yield "|---|---|---|---|"
     for batch_size, precision in ((1, "fp16"), (10, "fp16"), (10, "fp32")):
         plain, ours = (
             count_inference(folders, batch_size, DTYPES[precision], is_plain) for is_plain in (True, False)
         )
-        lines.append(f"| {batch_size} | {precision} | {plain:.2f} | {ours:.2f} |")
-        bar.update()
+        yield f"| {batch_size} | {precision} | {plain:.2f} | {ours:.2f} |"
+
+
+TABLES = {  # heading -> lines
+    "TFLOP per image, by resolution": flops_table,
+    "GiB of a training step, 8 images per optimizer step": memory_table,
+    "One UNet forward of a rollout, bf16, 512x512": launches_table,
+    "GiB of inference at 512x512, guided": inference_table,
+}
+
+
+def main() -> None:
+    """Write the tables."""
+    options = tyro.cli(Options, use_underscores=True)
+    if not Path(options.checkpoint, "ImageReward.pt").exists():
+        write_checkpoint(options.checkpoint, "full")
+    folders = f"{options.checkpoint}/stable-diffusion-v1-4", options.checkpoint
+    lines = [
+        f"Counted on {date.today().isoformat()} by `python benchmarks/count.py`, torch {torch.__version__}."
+    ]
+    for heading, table in TABLES.items():
+        lines += ["", f"## {heading}", "", *tqdm(table(folders), heading, unit="line")]
     write_whole(options.output, "\n".join(lines) + "\n")
     print("\n".join(lines))
 

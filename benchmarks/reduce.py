@@ -1,4 +1,4 @@
-"""Seconds of the one exchange that processes make in an optimizer step: the LoRA's gradient, averaged.
+"""Time the only exchange between processes in an optimizer step: the average of the LoRA's gradient.
 
 torchrun --nproc_per_node 2 benchmarks/reduce.py                # SD-1.4's LoRA of rank 4: 797,184 values
 torchrun --nproc_per_node 8 benchmarks/reduce.py --values 12754944
@@ -12,33 +12,35 @@ import torch
 import tyro
 from accelerate import Accelerator
 
+WARM_UP = 5  # reductions
+
 
 @dataclass
 class Options:
-    """Time the reduction of a gradient over the processes."""
+    """Time the average of a gradient over all processes."""
 
     values: int = 797_186
-    """Float32 values: the LoRA's, the loss, and whether someone was told to stop."""
+    """Float32 values: the LoRA's gradient, the loss, and whether a process was told to stop."""
     repeats: int = 50
-    """Reductions that count."""
+    """Reductions that are timed, after 5 that are not."""
 
 
 def main() -> None:
-    """Median and extremes, by the first process's clock."""
+    """Print median and extremes, by the first process's clock."""
     options = tyro.cli(Options, use_underscores=True)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     flat, seconds = torch.ones(options.values, device=accelerator.device), []
-    for _ in range(5 + options.repeats):
+    for _ in range(WARM_UP + options.repeats):
         accelerator.wait_for_everyone()
         started = time.perf_counter()
         mean = accelerator.reduce(flat, reduction="mean")
-        assert mean[0].item() == 1  # and with it the GPU's work is over
+        assert mean[0].item() == 1  # also waits for the GPU
         seconds.append(time.perf_counter() - started)
-    own = sorted(seconds[5:])
+    timed = sorted(seconds[WARM_UP:])
     accelerator.print(
         f"{options.values * 4 / 1e6:.1f} MB, {accelerator.num_processes} processes on "
-        f"{accelerator.device.type}: median {statistics.median(own) * 1e3:.2f} ms, "
-        f"{own[0] * 1e3:.2f} to {own[-1] * 1e3:.2f}"
+        f"{accelerator.device.type}: median {statistics.median(timed) * 1e3:.2f} ms, "
+        f"{timed[0] * 1e3:.2f} to {timed[-1] * 1e3:.2f}"
     )
     accelerator.end_training()
 

@@ -1,7 +1,7 @@
-"""Builds `demo/checkpoint/`: a tiny Stable Diffusion and a tiny ImageReward, trained on drawn shapes.
+"""Build `demo/checkpoint/`: a tiny Stable Diffusion and a tiny ImageReward, trained on drawn shapes.
 
-Trainings follow one another, then the files are written and measured. Every batch is a function of the seed
-and the step, and a training saves itself now and then: the same command continues where it was stopped.
+The trainings run in sequence, then the files are written and measured. Every batch is a pure function of seed
+and step, and each training saves its state regularly: the same command resumes.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -39,10 +39,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from refl.model.pipeline import (
-    generate,
-    load_pipeline,
-)
+from refl.model.pipeline import generate, load_pipeline
 from refl.model.stable_diffusion import decode
 from refl.report.sheets import grid
 from refl.reward import imagereward
@@ -51,7 +48,7 @@ from refl.system.images import save_image
 import judge
 import world
 
-POOL = 24_000  # drawn images that the autoencoder and the base model learn from
+POOL = 24_000  # drawn images on which the autoencoder and the base model are trained
 WORDS = sorted({word for caption in world.every_caption() for word in caption.split()})
 SCHEDULER = {  # Stable Diffusion 1.4's
     "_class_name": "PNDMScheduler",
@@ -72,8 +69,58 @@ SAVE_SECONDS = 60
 # --------------------------------------------------------------------------------------------------- training
 
 
+class Training:
+    """State of one training: model, running average of its weights, optimizer; saved to `path`."""
+
+    def __init__(self, path: Path, model: nn.Module, learning_rate: float, device: torch.device):
+        self.path, self.model, self.learning_rate = path, model, learning_rate
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.01)
+        self.step, self.seconds = 0, 0.0
+        if path.exists():
+            state = torch.load(path, map_location=device, weights_only=True)
+            self.step, self.seconds = state["step"], state["seconds"]
+            model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for target, saved in zip(self.average, state["average"], strict=True):
+                target.copy_(saved)
+
+    def update(self, loss: Tensor, steps: int) -> None:
+        """Take a step of AdamW, with warm-up and a cosine schedule that ends at `steps`."""
+        warmup, decay = min(1, (self.step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * self.step / steps)
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate * warmup * decay
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+
+    def save(self) -> None:
+        """Save the state atomically."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, self.path.with_suffix(".tmp"))
+        os.replace(self.path.with_suffix(".tmp"), self.path)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Replace the model's weights by their running average."""
+        for parameter, value in zip(self.parameters, self.average, strict=True):
+            parameter.copy_(value)
+        self.model.eval()
+
+
 class Builder:
-    """What the trainings share: seed, device, drawings, and one way to train, save and continue."""
+    """Seed, device and drawn images of all trainings, and the training loop."""
 
     def __init__(self, work_dir: Path, seed: int, stages: Sequence[str]):
         self.work_dir, self.seed, self.stages = work_dir, seed, stages
@@ -81,6 +128,7 @@ class Builder:
         work_dir.mkdir(parents=True, exist_ok=True)
 
     def rng(self, *key: int) -> np.random.Generator:
+        """Return a generator that depends only on the seed and `key`."""
         return np.random.default_rng((self.seed, *key))
 
     def train(
@@ -91,63 +139,33 @@ class Builder:
         steps: int,
         learning_rate: float,
     ) -> None:
-        """Trains what requires a gradient in `model`, which afterwards holds the weights' running average.
+        """Train the parameters of `model` that require a gradient; leave it with their running average.
 
-        `loss` draws its batch from the generator it is given, another one each step; what it returns beside
-        the loss is shown. A stage that is not among `stages` is only loaded, as far as it came.
+        `loss` draws its batch from a generator, a new one for each step, and returns the loss and the values
+        that the progress bar shows. A stage outside `stages` is only loaded, at the step that it has reached.
         """
-        path = self.work_dir / f"{stage}.pt"
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        average = [parameter.detach().clone() for parameter in parameters]
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-        step, seconds = 0, 0.0
-        if path.exists():
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            step, seconds = state["step"], state["seconds"]
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            for target, saved in zip(average, state["average"], strict=True):
-                target.copy_(saved)
-        stage_number = sum(map(ord, stage))  # keeps the stages' batches apart
+        training = Training(self.work_dir / f"{stage}.pt", model, learning_rate, self.device)
+        stage_number = sum(map(ord, stage))  # gives each stage its own batches
         model.train()
         saved_at = time.monotonic()
-        with tqdm(total=steps, initial=step, desc=stage, mininterval=5) as bar:
-            while step < steps and stage in self.stages:
+        with tqdm(total=steps, initial=training.step, desc=stage, mininterval=5) as bar:
+            while training.step < steps and stage in self.stages:
                 started = time.monotonic()
-                torch.manual_seed(self.seed * 1_000_003 + step)  # the noise; the batch has its own generator
-                warmup, decay = min(1, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / steps)
-                optimizer.param_groups[0]["lr"] = learning_rate * warmup * decay
-                value, shown = loss(self.rng(stage_number, step))
-                optimizer.zero_grad()
-                value.backward()
-                nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                step += 1
-                with torch.no_grad():
-                    torch._foreach_lerp_(average, parameters, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
+                torch.manual_seed(self.seed * 1_000_003 + training.step)  # of the noise, not of the batch
+                value, shown = loss(self.rng(stage_number, training.step))
+                training.update(value, steps)
                 bar.update()
-                if step % 20 == 0:
+                if training.step % 20 == 0:
                     bar.set_postfix({name: f"{number.item():.3f}" for name, number in shown.items()})
-                seconds += time.monotonic() - started
-                if step == steps or time.monotonic() - saved_at > SAVE_SECONDS:
-                    state = {
-                        "step": step,
-                        "seconds": seconds,
-                        "model": model.state_dict(),
-                        "average": average,
-                        "optimizer": optimizer.state_dict(),
-                    }
-                    torch.save(state, path.with_suffix(".tmp"))
-                    os.replace(path.with_suffix(".tmp"), path)
+                training.seconds += time.monotonic() - started
+                if training.step == steps or time.monotonic() - saved_at > SAVE_SECONDS:
+                    training.save()
                     saved_at = time.monotonic()
-        with torch.no_grad():
-            for parameter, value in zip(parameters, average, strict=True):
-                parameter.copy_(value)
-        model.eval()
+        training.finish()
 
     @cached_property
     def drawn_pool(self) -> tuple[np.ndarray, np.ndarray]:
-        """Specs, (POOL, 3), and their images, (POOL, 64, 64, 3) uint8."""
+        """Specs (POOL, 3) and their images (POOL, 64, 64, 3) uint8."""
         rng = self.rng(0)
         specs = world.random_specs(rng, POOL)
         geometry = world.random_geometry(rng, POOL)
@@ -157,11 +175,11 @@ class Builder:
         )
 
     def shares(self, pool: "BlendPool", chosen: np.ndarray) -> Tensor:
-        """(N, 2, 1, 1, 1): how much of the right image is in each of the two of `chosen` rows."""
+        """Weight of the right image in each of the two blends of `chosen` rows, (N, 2, 1, 1, 1)."""
         return torch.from_numpy(pool.weight[chosen]).to(self.device)[:, :, None, None, None]
 
     def to_tensor(self, images: np.ndarray) -> Tensor:
-        """(N, H, W, 3) uint8 -> (N, 3, H, W) in [0, 1]."""
+        """Convert (N, H, W, 3) uint8 to (N, 3, H, W) in [0, 1]."""
         return torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
 
 
@@ -169,7 +187,10 @@ class Builder:
 
 
 def new_vae() -> AutoencoderKL:
-    """Stable Diffusion's autoencoder, narrow. Four channels a group: with one, colour is normalised away."""
+    """Make a narrow autoencoder of Stable Diffusion.
+
+    Groups have several channels: with one per group, the normalisation removes colour.
+    """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -181,12 +202,14 @@ def new_vae() -> AutoencoderKL:
 
 
 def reconstruction_loss(decoded: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 + MSE of images in [-1, 1], and L1 alone."""
+    """Return L1 + MSE of images in [-1, 1], and L1 alone."""
     l1 = F.l1_loss(decoded, images)
     return l1 + F.mse_loss(decoded, images), l1.detach()
 
 
 def train_vae(builder: Builder, vae: AutoencoderKL) -> None:
+    """Train the autoencoder on drawings."""
+
     def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images = builder.to_tensor(builder.drawn_pool[1][rng.integers(POOL, size=16)]) * 2 - 1
         posterior = vae.encode(images).latent_dist
@@ -199,7 +222,7 @@ def train_vae(builder: Builder, vae: AutoencoderKL) -> None:
 
 
 def train_decoder(builder: Builder, vae: AutoencoderKL) -> None:
-    """Sharpens the decoder alone, on inexact latents, as a UNet's will be; exact ones stay as they are."""
+    """Train only the decoder, for sharper images, on noisy latents such as a UNet predicts."""
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
 
@@ -216,7 +239,7 @@ def train_decoder(builder: Builder, vae: AutoencoderKL) -> None:
 
 @torch.no_grad()
 def set_scaling_factor(builder: Builder, vae: AutoencoderKL) -> None:
-    """Makes the UNet's latents of about unit variance, as Stable Diffusion does."""
+    """Scale the UNet's latents to about unit variance, as Stable Diffusion does."""
     rng = builder.rng(3)
     drawn = world.draw(world.random_specs(rng, 512), world.random_geometry(rng, 512))
     vae.register_to_config(scaling_factor=1.0)
@@ -225,7 +248,7 @@ def set_scaling_factor(builder: Builder, vae: AutoencoderKL) -> None:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Latents (N, 4, 8, 8), at the UNet's scale, of images (N, 3, 64, 64) in [0, 1]."""
+    """Encode images (N, 3, 64, 64) in [0, 1] to latents (N, 4, 8, 8) at the UNet's scale."""
     latents = [vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(64)]
     return torch.cat(latents) * vae.config.scaling_factor
 
@@ -233,11 +256,11 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- base model
 
 CLIP_TOKENS = 20
-NO_CAPTION = 0.08  # how often it is told nothing, for guidance
+NO_CAPTION = 0.08  # share of empty captions, for guidance
 
 
 def write_clip_tokenizer(folder: Path) -> None:
-    """CLIP's byte-level BPE, with just the merges that make each word of this world one token."""
+    """Write CLIP's byte-level BPE with the merges that make each word of this world one token."""
     folder.mkdir(parents=True, exist_ok=True)
     merges: list[tuple[str, str]] = []
     for word in WORDS:
@@ -248,7 +271,7 @@ def write_clip_tokenizer(folder: Path) -> None:
                 if (symbols[i], symbols[i + 1]) == (left, right):
                     symbols[i : i + 2] = [left + right]
                 i += 1
-        while len(symbols) > 1:  # what earlier words' merges left apart
+        while len(symbols) > 1:  # symbols that the merges of earlier words do not join
             merges.append((symbols[0], symbols[1]))
             symbols[:2] = ["".join(symbols[:2])]
     letters = list(bytes_to_unicode().values())
@@ -268,12 +291,13 @@ def write_clip_tokenizer(folder: Path) -> None:
 
 
 def new_tokenizer(builder: Builder) -> CLIPTokenizer:
+    """Write the CLIP tokenizer to the work folder and load it."""
     write_clip_tokenizer(builder.work_dir / "tokenizer")
     return CLIPTokenizer.from_pretrained(builder.work_dir / "tokenizer")
 
 
 def new_base(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
-    """Stable Diffusion's UNet and text encoder, narrow; both are trained."""
+    """Make narrow versions of Stable Diffusion's UNet and text encoder; both are trained."""
     unet = UNet2DConditionModel(
         sample_size=world.SIZE // 8,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
@@ -281,7 +305,7 @@ def new_base(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
         block_out_channels=(32, 64),
         layers_per_block=1,
         cross_attention_dim=64,
-        attention_head_dim=4,  # the number of heads, whatever its name
+        attention_head_dim=4,  # the number of heads, despite its name
         norm_num_groups=8,
     )
     text_config = CLIPTextConfig(
@@ -309,9 +333,9 @@ def train_base(
     steps: int,
     learning_rate: float,
 ) -> None:
-    """Denoising, on captions that are partly wrong: a base model with something left to teach it.
+    """Train the base model to denoise, on partly wrong captions, so that ReFL has something to improve.
 
-    `wrong_words` says how often each attribute's word is replaced by another one.
+    `wrong_words` maps each attribute to the share of captions in which another word replaces its own.
     """
 
     @cache
@@ -329,17 +353,17 @@ def train_base(
         chosen = rng.integers(POOL, size=32)
         wrong = rng.random((len(chosen), 3)) < list(wrong_words.values())
         step = wrong * (1 + rng.integers(sizes - 1, size=wrong.shape))  # to any other value
-        told = (builder.drawn_pool[0][chosen] + step) % sizes
-        template = rng.integers(len(world.TEMPLATES), size=len(told))
-        caption = world.spec_number(told) * len(world.TEMPLATES) + template
-        caption[rng.random(len(told)) < NO_CAPTION] = len(captions) - 1
+        captioned = (builder.drawn_pool[0][chosen] + step) % sizes  # specs, as their captions state them
+        template = rng.integers(len(world.TEMPLATES), size=len(captioned))
+        caption = world.spec_number(captioned) * len(world.TEMPLATES) + template
+        caption[rng.random(len(captioned)) < NO_CAPTION] = len(captions) - 1
         clean = latents()[torch.from_numpy(chosen).to(builder.device)]
         noise = torch.randn_like(clean)
-        timestep = torch.from_numpy(rng.integers(len(alphas_cumprod), size=len(told))).to(builder.device)
+        timestep = torch.from_numpy(rng.integers(len(alphas_cumprod), size=len(clean))).to(builder.device)
         abar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
         context = base["text_encoder"](ids[torch.from_numpy(caption).to(builder.device)]).last_hidden_state
-        guess = base["unet"](abar.sqrt() * clean + (1 - abar).sqrt() * noise, timestep, context).sample
-        error = (guess - noise).square().mean((1, 2, 3))
+        eps = base["unet"](abar.sqrt() * clean + (1 - abar).sqrt() * noise, timestep, context).sample
+        error = (eps - noise).square().mean((1, 2, 3))
         value = (error * (snr[timestep].clamp(max=5) / snr[timestep])).mean()  # min-SNR (Hang et al. 2023)
         return value, {"loss": value.detach(), "mse": error.mean().detach()}
 
@@ -353,6 +377,7 @@ BERT_VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
 
 
 def write_bert_tokenizer(folder: Path) -> None:
+    """Write BERT's tokenizer with the words of this world."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(BERT_VOCABULARY) + "\n")
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
@@ -360,7 +385,7 @@ def write_bert_tokenizer(folder: Path) -> None:
 
 
 def new_reward(builder: Builder) -> imagereward.ImageReward:
-    """ImageReward at a small size."""
+    """Make a small ImageReward with random weights."""
     folder = builder.work_dir / "bert-base-uncased"
     write_bert_tokenizer(folder)
     vision_config = BlipVisionConfig(
@@ -372,10 +397,10 @@ def new_reward(builder: Builder) -> imagereward.ImageReward:
         patch_size=8,
         hidden_act="gelu",
         layer_norm_eps=1e-6,
-        initializer_range=0.02,  # the default, 1e-10, is as good as zero
+        initializer_range=0.02,  # the default, 1e-10, is practically zero
     )
     text_config = BlipTextConfig(
-        vocab_size=len(BERT_VOCABULARY) + 2,  # and [DEC] and [ENC]
+        vocab_size=len(BERT_VOCABULARY) + 2,  # with [DEC] and [ENC]
         hidden_size=64,
         encoder_hidden_size=64,
         intermediate_size=128,
@@ -397,10 +422,10 @@ def new_reward(builder: Builder) -> imagereward.ImageReward:
 
 
 class BlendPool:
-    """Pairs of images on the way from one spec to another that differs in one attribute, at the same place.
+    """Pairs of blends between two specs that differ in one attribute, at the same place and size.
 
-    `right` and `wrong` are (N, 3) specs, `attribute` (N,) the one that differs, `weight` (N, 2) the share of
-    the right one in each of the two images, 1 in a third of them.
+    `right` and `wrong` are specs (N, 3), `attribute` (N,) is the index in which they differ, and `weight`
+    (N, 2) is the weight of the right image in each of the two blends, 1 in a third of them.
     """
 
     def __init__(self, rng: np.random.Generator, count: int):
@@ -415,13 +440,13 @@ class BlendPool:
         self.weight = np.where(rng.random((count, 2)) < 1 / 3, 1.0, rng.random((count, 2))).astype(np.float32)
 
     def draw(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The unblended images of `chosen` rows, right and wrong, each (N, 64, 64, 3) uint8."""
+        """Draw the images of `chosen` rows without blending, right and wrong, each (N, 64, 64, 3) uint8."""
         geometry = self.geometry[chosen]
         return world.draw(self.right[chosen], geometry), world.draw(self.wrong[chosen], geometry)
 
 
 class RewardTrainer(nn.Module):
-    """The reward, and a throwaway head that predicts masked words: ranking alone stays at chance for long."""
+    """The reward with a head that predicts masked words; ranking alone stays at chance for long."""
 
     def __init__(self, reward: imagereward.ImageReward):
         super().__init__()
@@ -444,68 +469,76 @@ class RewardTrainer(nn.Module):
         attribute: Tensor,
         weight: Tensor,
         template: Tensor,
-    ):
-        """What is minimised, and what is shown of it.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of N pairs of blends, and the values to show.
 
-        images (N, 2, 3, H, W) in [0, 1]; right (N, 3) and wrong (N, 3, 3) specs, the latter changed in one
-        attribute each; attribute (N,) the one blended, weight (N, 2) by how much; template (N,) the phrasing.
+        images (N, 2, 3, H, W) in [0, 1]; right (N, 3) and wrong (N, 3, 3) specs, each wrong one with another
+        attribute changed; attribute (N,) the one that is blended, weight (N, 2) of the right image; template
+        (N,) the phrasing.
         """
         count = len(right)
         pixels = imagereward.preprocess(images.flatten(0, 1), self.reward.image_size)
-        seen = self.reward.vision(pixels).last_hidden_state.view(count, 2, 1, -1, 64)
+        vision = self.reward.vision(pixels).last_hidden_state.view(count, 2, 1, -1, 64)
         captions = torch.cat([right[:, None], wrong], dim=1)  # (N, 4, 3)
-        number = (captions[..., 0] * len(world.SHAPES) + captions[..., 1]) * len(
-            world.BACKGROUNDS
-        ) + captions[..., 2]
+        number = captions[..., 0] * len(world.SHAPES) + captions[..., 1]
+        number = number * len(world.BACKGROUNDS) + captions[..., 2]
         ids, mask = self.ids[number, template[:, None]], self.mask[number, template[:, None]]  # (N, 4, T)
-        hidden = self._read(ids[:, None].expand(-1, 2, -1, -1), mask[:, None].expand(-1, 2, -1, -1), seen)
+        hidden = self._read(ids[:, None].expand(-1, 2, -1, -1), mask[:, None].expand(-1, 2, -1, -1), vision)
         scores = self.reward.head(hidden[..., 0, :]).squeeze(-1)  # (N, 2, 4)
 
-        share = torch.ones(count, 2, 3, device=weight.device)
+        share = torch.ones(count, 2, 3, device=weight.device)  # of each attribute's right value in the blend
         share[torch.arange(count), :, attribute] = weight
         rank = F.binary_cross_entropy_with_logits(scores[..., :1] - scores[..., 1:], share * 0.96 + 0.02)
-        # The same caption, two images: the one that shows more of it is better.
+        # One caption, two blends: the one with the larger weight is better.
         contrast = F.binary_cross_entropy_with_logits(
             2 * (scores[:, 0, 0] - scores[:, 1, 0]), 0.5 + 0.48 * (weight[:, 0] - weight[:, 1])
         )
-
-        targets = self.word_ids[torch.arange(3), right]  # (N, 3)
-        hide = (ids[:, :1, :, None] == targets[:, None, None]).any(-1)  # (N, 1, T)
-        hidden = self._read(
-            ids[:, None, :1]
-            .masked_fill(hide[:, None], self.reward.tokenizer.mask_token_id)
-            .expand(-1, 2, -1, -1),
-            mask[:, None, :1].expand(-1, 2, -1, -1),
-            seen,
-        )  # (N, 2, 1, T, width)
-        guess = F.log_softmax(self.words(hidden[:, :, 0]), dim=-1)  # (N, 2, T, vocabulary)
-        changed = torch.diagonal(wrong, dim1=1, dim2=2)  # (N, 3), the wrong value of each attribute
-        place = (ids[:, 0, None] == targets[..., None]).int().argmax(-1)  # (N, 3), where the words stand
-        at = guess[torch.arange(count)[:, None], :, place]  # (N, 3, 2, vocabulary)
-        right_word = at.gather(-1, targets[:, :, None, None].expand(-1, -1, 2, 1)).squeeze(-1)  # (N, 3, 2)
-        other = self.word_ids[torch.arange(3), changed]
-        wrong_word = at.gather(-1, other[:, :, None, None].expand(-1, -1, 2, 1)).squeeze(-1)
-        share = share.transpose(1, 2)
-        word = -(share * right_word + (1 - share) * wrong_word).mean()
+        word = self._word_loss(ids[:, :1], mask[:, :1], vision, right, wrong, share.transpose(1, 2))
         clear = (weight == 1)[:, :, None].expand(-1, -1, 3)
         correct = ((scores[..., :1] > scores[..., 1:]) & clear).sum((0, 1)) / clear.sum((0, 1))
         shown = {"rank": rank, "contrast": contrast, "word": word}
         shown |= dict(zip(world.ATTRIBUTES, correct, strict=True))
         return rank + 0.5 * contrast + word, {name: value.detach() for name, value in shown.items()}
 
-    def _read(self, ids: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
-        """Hidden states (N, 2, C, T, width): captions (N, 2, C, T) read with images (N, 2, 1, P, width)."""
+    def _word_loss(
+        self, ids: Tensor, mask: Tensor, vision: Tensor, right: Tensor, wrong: Tensor, share: Tensor
+    ) -> Tensor:
+        """Cross-entropy of the masked words of the right captions (N, 1, T).
+
+        The targets are the right and the wrong value of each attribute, weighted by `share` (N, 3, 2).
+        """
+        count = len(right)
+        targets = self.word_ids[torch.arange(3), right]  # (N, 3)
+        hide = (ids[..., None] == targets[:, None, None]).any(-1)  # (N, 1, T)
+        hidden = self._read(
+            ids[:, None]
+            .masked_fill(hide[:, None], self.reward.tokenizer.mask_token_id)
+            .expand(-1, 2, -1, -1),
+            mask[:, None].expand(-1, 2, -1, -1),
+            vision,
+        )  # (N, 2, 1, T, width)
+        log_probs = F.log_softmax(self.words(hidden[:, :, 0]), dim=-1)  # (N, 2, T, vocabulary)
+        place = (ids[:, 0, None] == targets[..., None]).int().argmax(-1)  # (N, 3), positions of the words
+        at = log_probs[torch.arange(count)[:, None], :, place]  # (N, 3, 2, vocabulary)
+        right_word = at.gather(-1, targets[:, :, None, None].expand(-1, -1, 2, 1)).squeeze(-1)  # (N, 3, 2)
+        changed = torch.diagonal(wrong, dim1=1, dim2=2)  # (N, 3), the wrong value of each attribute
+        other = self.word_ids[torch.arange(3), changed]
+        wrong_word = at.gather(-1, other[:, :, None, None].expand(-1, -1, 2, 1)).squeeze(-1)
+        return -(share * right_word + (1 - share) * wrong_word).mean()
+
+    def _read(self, ids: Tensor, mask: Tensor, vision: Tensor) -> Tensor:
+        """Encode captions (N, 2, C, T) with attention to images (N, 2, 1, P, width): (N, 2, C, T, width)."""
         shape = ids.shape
         hidden = self.reward.text(
             input_ids=ids.reshape(-1, shape[-1]),
             attention_mask=mask.reshape(-1, shape[-1]),
-            encoder_hidden_states=seen.expand(-1, -1, shape[2], -1, -1).flatten(0, 2),
+            encoder_hidden_states=vision.expand(-1, -1, shape[2], -1, -1).flatten(0, 2),
         ).last_hidden_state
         return hidden.view(*shape, -1)
 
 
 def batch(builder: Builder, pool: BlendPool, chosen: np.ndarray, rng: np.random.Generator) -> list[Tensor]:
-    """What `RewardTrainer.loss` wants beside the images of `chosen` rows."""
+    """Return the arguments of `RewardTrainer.loss` after the images, for `chosen` rows."""
     sizes = np.array([len(values) for values in world.ATTRIBUTES.values()])
     right = pool.right[chosen]
     wrong = np.repeat(right[:, None], 3, axis=1)  # (N, 3, 3): one attribute changed each
@@ -526,7 +559,7 @@ def train_reward(
     steps: int,
     learning_rate: float,
 ) -> None:
-    """`images_of(chosen)` gives the blended pairs of rows of the pool, (N, 2, 3, H, W) in [0, 1]."""
+    """Train on a pool of blends; `images_of(rows)` returns their images, (N, 2, 3, H, W) in [0, 1]."""
 
     def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         chosen = rng.integers(len(pool.right), size=32)
@@ -536,6 +569,7 @@ def train_reward(
 
 
 def train_reward_drawn(builder: Builder, trainer: RewardTrainer) -> None:
+    """Train the reward on drawings, blended as pixels."""
     pool = BlendPool(builder.rng(1), 12_000)
 
     def images_of(chosen: np.ndarray) -> Tensor:
@@ -546,7 +580,7 @@ def train_reward_drawn(builder: Builder, trainer: RewardTrainer) -> None:
 
 
 def train_reward_decoded(builder: Builder, trainer: RewardTrainer, vae: AutoencoderKL) -> None:
-    """Goes on with what the autoencoder makes of the drawings, blended as latents: what ReFL will show it."""
+    """Continue on reconstructions, blended as latents, which are closer to the images that ReFL scores."""
     pool = BlendPool(builder.rng(2), 6_000)
 
     @cache
@@ -567,11 +601,11 @@ def train_reward_decoded(builder: Builder, trainer: RewardTrainer, vae: Autoenco
 
 
 def train_reward_robust(builder: Builder, trainer: RewardTrainer, vae: AutoencoderKL) -> None:
-    """Teaches that broken images are bad ones: without it, ReFL soon finds nonsense that scores well."""
+    """Continue with broken images as bad examples; otherwise ReFL soon reaches nonsense that scores well."""
     pool = BlendPool(builder.rng(8), 6_000)
 
     def broken(latents: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Latents (N, 4, 8, 8), half of them patched, all with blotches; and how bad they are, (N,)."""
+        """Add blotches to latents (N, 4, 8, 8), patches to half of them; also return their badness (N,)."""
         coarse = torch.randn(len(latents), 1, 3, 3, device=latents.device)
         patch = F.interpolate(coarse, latents.shape[-2:], mode="bilinear") > 0
         patch[::2] = False
@@ -615,7 +649,7 @@ def export(
     tokenizer: CLIPTokenizer,
     reward: imagereward.ImageReward,
 ) -> None:
-    """Writes everything as a user's `checkpoint/` has it; UNet and VAE as float16, which halves the files."""
+    """Write all files in the layout of `checkpoint/`, UNet and VAE in float16, which halves their size."""
     StableDiffusionPipeline(
         vae=copy.deepcopy(vae).half(),
         text_encoder=base["text_encoder"],
@@ -634,7 +668,7 @@ def export(
     )
     write_prompts(builder, ROOT / "demo/prompts")
 
-    # The published scores are standardised on their data, these on images by the base model.
+    # The published scores are standardised on their training data, these on images of the base model.
     prompts = list(world.prompts(held_out=False))
     scores = score(reward, sample(builder, out, prompts, seed=1_000_000), prompts)
     med_config = new_med_config(reward, scores.mean().item(), scores.std().item())
@@ -642,7 +676,7 @@ def export(
 
 
 def write_prompts(builder: Builder, folder: Path) -> None:
-    """Training prompts, and those held out, shuffled so that any first few are varied."""
+    """Write training and held-out prompts; the latter are shuffled so that the first few are varied."""
     folder.mkdir(parents=True, exist_ok=True)
     held_out = builder.rng(4).permutation(list(world.prompts(held_out=True)))
     (folder / "train.txt").write_text("\n".join(world.prompts(held_out=False)) + "\n")
@@ -650,7 +684,7 @@ def write_prompts(builder: Builder, folder: Path) -> None:
 
 
 def new_med_config(reward: imagereward.ImageReward, score_mean: float, score_std: float) -> dict:
-    """The published keys, and those that a tiny model needs besides."""
+    """Return med_config.json: the published keys, and those that only a tiny model needs."""
     text, vision = reward.text.config, reward.vision.config
     return {
         "architectures": ["BertModel"],
@@ -681,7 +715,7 @@ def new_med_config(reward: imagereward.ImageReward, score_mean: float, score_std
 
 
 def sample(builder: Builder, out: Path, prompts: list[str], seed: int, guidance_scale: float = 1.0) -> Tensor:
-    """One image for each prompt, (N, 3, 64, 64) in [0, 1], by DDPM; the first one's noise is `seed`'s."""
+    """Generate an image per prompt, (N, 3, 64, 64) in [0, 1], by DDPM; seeds count up from `seed`."""
     pipeline = load_pipeline(out / SD_FOLDER, "ddpm", torch.float32, builder.device)
     images = []
     for start in tqdm(range(0, len(prompts), 64), desc=f"samples, guidance {guidance_scale}", mininterval=5):
@@ -693,7 +727,7 @@ def sample(builder: Builder, out: Path, prompts: list[str], seed: int, guidance_
 
 @torch.no_grad()
 def score(reward: imagereward.ImageReward, images: Tensor, prompts: list[str]) -> Tensor:
-    """Rewards, (N,), on the CPU."""
+    """Return the rewards of images, (N,) on the CPU."""
     device = reward.head[0].weight.device
     parts = [
         reward(images[start : start + 256].to(device), prompts[start : start + 256]).cpu()
@@ -703,12 +737,12 @@ def score(reward: imagereward.ImageReward, images: Tensor, prompts: list[str]) -
 
 
 def to_arrays(images: Tensor) -> np.ndarray:
-    """(N, 3, H, W) in about [0, 1] -> (N, H, W, 3) uint8."""
+    """Convert (N, 3, H, W) in about [0, 1] to (N, H, W, 3) uint8."""
     return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def report(builder: Builder, out: Path) -> None:
-    """Measures what was written: `demo/build_report.json` and `demo/samples.png`."""
+    """Measure the files in `out`; write `demo/build_report.json` and `demo/samples.png`."""
     parts = load_pipeline(out / SD_FOLDER, "ddpm", torch.float32, builder.device)
     reward = imagereward.load(out, builder.device)
     prompts = (ROOT / "demo/prompts/held_out.txt").read_text().splitlines()
@@ -717,20 +751,18 @@ def report(builder: Builder, out: Path) -> None:
     specs = world.random_specs(rng, 1000)
     drawn = world.draw(specs, world.random_geometry(rng, len(specs)))
     captions = [world.SPECS[number].caption(0) for number in world.spec_number(specs)]
-    decoded = reconstruct(builder, parts.vae, drawn)
-    results = {"reconstructions": shares(judge.grade(to_arrays(decoded), captions))}
+    decoded = to_arrays(reconstruct(builder, parts.vae, drawn))
+    results = {"reconstructions": means(judge.grade(decoded, captions))}
 
     for name, guidance_scale in (("base", 1.0), ("base_guidance_3", 3.0)):
-        images = torch.cat(
-            [
-                sample(builder, out, prompts, seed=1000 * run, guidance_scale=guidance_scale)
-                for run in range(3)
-            ]
-        )
+        runs = [
+            sample(builder, out, prompts, seed=1000 * run, guidance_scale=guidance_scale) for run in range(3)
+        ]
+        images = torch.cat(runs)
         arrays = to_arrays(images)
         if name == "base":
-            draw_samples(ROOT / "demo/samples.png", drawn, to_arrays(decoded), arrays, prompts)
-        results[name] = shares(judge.grade(arrays, prompts * 3))
+            draw_samples(ROOT / "demo/samples.png", drawn, decoded, arrays, prompts)
+        results[name] = means(judge.grade(arrays, prompts * 3))
         results[name]["unreadable"] = np.mean([None in vars(judge.judge(array)).values() for array in arrays])
         scores = score(reward, images, prompts * 3)
         results[name] |= {"reward_mean": scores.mean().item(), "reward_std": scores.std().item()}
@@ -750,62 +782,75 @@ def report(builder: Builder, out: Path) -> None:
     print(text)
 
 
-def shares(right: dict[str, np.ndarray]) -> dict[str, float]:
-    return {name: values.mean() for name, values in right.items()}
+def means(values: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return the mean of each array, by name."""
+    return {name: array.mean() for name, array in values.items()}
 
 
 @torch.no_grad()
 def reconstruct(builder: Builder, vae: AutoencoderKL, drawn: np.ndarray) -> Tensor:
-    """Drawings (N, 64, 64, 3) through the autoencoder and back, (N, 3, 64, 64) in about [0, 1]."""
+    """Encode and decode drawings (N, 64, 64, 3): (N, 3, 64, 64) in about [0, 1]."""
     return torch.cat([decode(vae, encode(vae, part)) for part in builder.to_tensor(drawn).split(64)])
 
 
 def reward_accuracy(
     builder: Builder, vae: AutoencoderKL, reward: imagereward.ImageReward
 ) -> dict[str, dict[str, float]]:
-    """How often the right one wins, by the attribute that is wrong; held-out specs, every phrasing.
+    """Return how often the right one of two wins, by the attribute that is wrong in the other.
 
-    "captions": one image, right and wrong caption. "images": one caption, right and wrong image.
+    "captions": one image, right and wrong caption. "images": one caption, right and wrong image. Uses the
+    held-out specs, in two places each and in every phrasing.
     """
     rng = builder.rng(6)
     wins = {side: {attribute: [] for attribute in world.ATTRIBUTES} for side in ("captions", "images")}
     for spec in tqdm([spec for spec in world.SPECS if spec.held_out], desc="reward accuracy", mininterval=5):
-        others = [(attribute, other) for attribute in world.ATTRIBUTES for other in spec.changed(attribute)]
-        kinds = [spec, *(other for _, other in others)]
         for geometry in world.random_geometry(rng, 2):
-            drawn = world.draw(np.array([kind.indices for kind in kinds]), np.tile(geometry, (len(kinds), 1)))
-            images = reconstruct(builder, vae, drawn)
-            for template in range(len(world.TEMPLATES)):
-                captions = [kind.caption(template) for kind in kinds]
-                by_caption = score(reward, images[:1].expand(len(kinds), -1, -1, -1), captions)
-                by_image = score(reward, images, captions[:1] * len(kinds))
-                for side, scores in (("captions", by_caption), ("images", by_image)):
-                    for (attribute, _), value in zip(others, scores[1:], strict=True):
-                        wins[side][attribute].append((scores[0] > value).item())
+            for side, attribute, is_won in comparisons(builder, vae, reward, spec, geometry):
+                wins[side][attribute].append(is_won)
     return {side: {name: np.mean(won) for name, won in by.items()} for side, by in wins.items()}
+
+
+def comparisons(
+    builder: Builder,
+    vae: AutoencoderKL,
+    reward: imagereward.ImageReward,
+    spec: world.Spec,
+    geometry: np.ndarray,
+) -> Iterator[tuple[str, str, bool]]:
+    """Yield (side, attribute, whether `spec` wins) against each spec with one other attribute."""
+    others = [(attribute, other) for attribute in world.ATTRIBUTES for other in spec.changed(attribute)]
+    specs = [spec, *(other for _, other in others)]
+    drawn = world.draw(np.array([spec.indices for spec in specs]), np.tile(geometry, (len(specs), 1)))
+    images = reconstruct(builder, vae, drawn)
+    for template in range(len(world.TEMPLATES)):
+        captions = [spec.caption(template) for spec in specs]
+        by_caption = score(reward, images[:1].expand(len(specs), -1, -1, -1), captions)
+        by_image = score(reward, images, captions[:1] * len(specs))
+        for side, scores in (("captions", by_caption), ("images", by_image)):
+            for (attribute, _), value in zip(others, scores[1:], strict=True):
+                yield side, attribute, (scores[0] > value).item()
 
 
 @torch.no_grad()
 def reward_along_blends(
     builder: Builder, vae: AutoencoderKL, reward: imagereward.ImageReward
 ) -> dict[str, list[float]]:
-    """Mean reward at 0, 1/4, ... 1 of the way, in latents, from one wrong attribute to the right one."""
+    """Return mean rewards of blends in latents: 0, 1/4, ... 1 of the right image, the rest a wrong one."""
     pool = BlendPool(builder.rng(7), 300)
     right, wrong = (encode(vae, builder.to_tensor(drawn)) for drawn in pool.draw(np.arange(300)))
     prompts = [world.SPECS[number].caption(0) for number in world.spec_number(pool.right)]
-    means = []
+    columns = []
     for share in (0, 0.25, 0.5, 0.75, 1):
         scores = score(reward, decode(vae, wrong + share * (right - wrong)), prompts).numpy()
-        means.append([scores[pool.attribute == index].mean().item() for index in range(3)])
-    return {
-        name: list(column) for name, column in zip(world.ATTRIBUTES, zip(*means, strict=True), strict=True)
-    }
+        columns.append([scores[pool.attribute == index].mean().item() for index in range(3)])
+    rows = zip(*columns, strict=True)
+    return {name: list(row) for name, row in zip(world.ATTRIBUTES, rows, strict=True)}
 
 
 def draw_samples(
     path: Path, drawn: np.ndarray, decoded: np.ndarray, samples: np.ndarray, prompts: list[str]
 ) -> None:
-    """Six drawings, their reconstructions, then eighteen images of the base model with their prompts."""
+    """Save a grid: six drawings, their reconstructions, eighteen images of the base model with prompts."""
     rows = [drawn[:6], decoded[:6], samples[:6], samples[6:12], samples[12:18]]
     captions = [["drawing"] * 6, ["through the autoencoder"] * 6, prompts[:6], prompts[6:12], prompts[12:18]]
     images = [[Image.fromarray(image) for image in row] for row in rows]
@@ -826,34 +871,29 @@ STAGES = (
 
 
 def main() -> None:
+    """Run the stages that are named; load the others."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "demo/checkpoint", help="folder of the finished files"
-    )
-    parser.add_argument(
-        "--work_dir", type=Path, default=ROOT / "demo/build", help="where trainings are saved"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=STAGES, help="the others are only loaded"
-    )
+    parser.add_argument("--out", type=Path, default=ROOT / "demo/checkpoint", help="folder of the result")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "demo/build", help="folder of the trainings")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="others are only loaded")
     options = parser.parse_args()
     builder = Builder(options.work_dir, options.seed, options.stages)
     torch.manual_seed(options.seed)
     vae = new_vae().to(builder.device)
     tokenizer = new_tokenizer(builder)
     base = new_base(tokenizer).to(builder.device)
-    torch.manual_seed(options.seed)  # so that the reward depends on nothing above
+    torch.manual_seed(options.seed)  # makes the reward independent of the models above
     trainer = RewardTrainer(new_reward(builder)).to(builder.device)
 
     train_vae(builder, vae)
     train_decoder(builder, vae)
-    mostly = {"colour": 0.30, "shape": 0.30, "background": 0.08}
-    train_base(builder, base, tokenizer, vae, "base", mostly, steps=5000, learning_rate=2e-3)
-    better = {"colour": 0.20, "shape": 0.15, "background": 0.05}  # words begin to count
-    train_base(builder, base, tokenizer, vae, "base_words", better, steps=2000, learning_rate=1e-3)
+    wrong_words = {"colour": 0.30, "shape": 0.30, "background": 0.08}
+    train_base(builder, base, tokenizer, vae, "base", wrong_words, steps=5000, learning_rate=2e-3)
+    wrong_words = {"colour": 0.20, "shape": 0.15, "background": 0.05}
+    train_base(builder, base, tokenizer, vae, "base_words", wrong_words, steps=2000, learning_rate=1e-3)
     train_reward_drawn(builder, trainer)
     train_reward_decoded(builder, trainer, vae)
     train_reward_robust(builder, trainer, vae)

@@ -1,6 +1,7 @@
-"""The oracle of the demo world: reads shape, colour and background from pixels. Nothing in it is learned.
+"""The oracle of the demo world: reads shape, colour and background from pixels, by rules instead of learning.
 
-What it cannot read is None and counts as wrong: mixed colours, shapes between two shapes, patchy backgrounds.
+Attributes that cannot be read are None and count as wrong: mixed colours, shapes between two others, patchy
+backgrounds.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,11 @@ import world
 from PIL import Image
 from torch import Tensor
 
-MAX_DISTANCE = (
-    75  # from a palette colour in RGB, 0 to 255, to be of that colour; the palettes are further apart
-)
-MIN_PURE_BACKGROUND = 0.85  # share of the image's edge that must be of the background's colour
-MIN_PURE_OBJECT = 0.6  # the same of the object, whose outline may be soft
+MAX_DISTANCE = 75  # of a pixel from its palette colour, RGB in 0 to 255; palette colours are further apart
+MIN_PURE_BACKGROUND = 0.85  # share of the image's edge that must have the background's colour
+MIN_PURE_OBJECT = 0.6  # share of the object that must have its colour; the outline may be soft
 MIN_OVERLAP = 0.85  # intersection over union with the best shape; a perfect circle and a square reach 0.84
-MIN_LEAD = 0.02  # by which that must beat the second best
+MIN_LEAD = 0.02  # of the best overlap over the second best
 MARGIN = 5  # pixels at the edge that no object reaches
 
 _UNIT = {  # each shape's area and its centre of mass below its centre, at radius 1
@@ -31,7 +30,7 @@ _UNIT = {  # each shape's area and its centre of mass below its centre, at radiu
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an image shows; None for what cannot be read."""
+    """Attributes of an image; None for one that cannot be read."""
 
     shape: str | None
     colour: str | None
@@ -39,7 +38,7 @@ class Verdict:
 
 
 def judge(image: np.ndarray) -> Verdict:
-    """Reads an image (H, W, 3) uint8, square, of any size."""
+    """Read a square image (H, W, 3) uint8 of any size."""
     if image.shape[:2] != (world.SIZE, world.SIZE):
         image = np.asarray(Image.fromarray(image).resize((world.SIZE, world.SIZE), Image.Resampling.BOX))
     pixels = image.astype(np.float32)
@@ -57,7 +56,7 @@ def judge(image: np.ndarray) -> Verdict:
 
 
 def grade(images: Sequence[np.ndarray | Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Whether images show what their prompts say: (N,) each of colour, shape, background, all_right."""
+    """Compare images with their prompts: (N,) bool for each of colour, shape, background, all_right."""
     verdicts = [judge(np.asarray(image)) for image in images]
     wanted = [world.parse(prompt) for prompt in prompts]
     right = {
@@ -71,7 +70,7 @@ def grade(images: Sequence[np.ndarray | Image.Image], prompts: Sequence[str]) ->
 
 
 def share(attribute: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """What `grade` says of images (B, 3, H, W) in [0, 1], as a reward: (B,), 1 for right. No gradient."""
+    """Grade images (B, 3, H, W) in [0, 1] as a reward without gradient: (B,), 1 if right, else 0."""
     images = (images.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return torch.from_numpy(grade(images, prompts)[attribute]).float()
 
@@ -83,7 +82,10 @@ all_right, colour, shape, background = (
 
 
 def _nearest(pixels: np.ndarray, palette: np.ndarray, min_pure: float) -> int | None:
-    """The palette colour nearest to the median of pixels (N, 3), if at least a share `min_pure` are of it."""
+    """Return the index of the palette colour nearest to the median of pixels (N, 3).
+
+    None if less than a share `min_pure` of the pixels has that colour.
+    """
     if not len(pixels):
         return None
     distance = np.linalg.norm(np.median(pixels, axis=0) - palette, axis=-1)
@@ -93,7 +95,7 @@ def _nearest(pixels: np.ndarray, palette: np.ndarray, min_pure: float) -> int | 
 
 
 def _shape(inside: np.ndarray) -> str | None:
-    """The shape that, at the mask's own place and size, overlaps the mask (SIZE, SIZE) best."""
+    """Return the shape that, at the mask's place and size, overlaps it best; None if that is unclear."""
     area = inside.sum()
     if not area:
         return None

@@ -1,7 +1,7 @@
-"""The demo world: one coloured shape on a plain background, drawn and described.
+"""The demo world: images of one coloured shape on a plain background, and their captions.
 
-A `Spec` says what an image shows; 6 colours x 4 shapes x 4 backgrounds make 96 of them. Arrays of specs, for
-fast drawing, are (N, 3) integers: indices into `COLOURS`, `SHAPES`, `BACKGROUNDS`.
+A `Spec` names the attributes of an image; there are 6 colours x 4 shapes x 4 backgrounds = 96. Arrays of
+specs are (N, 3) integers, indices into `COLOURS`, `SHAPES` and `BACKGROUNDS`.
 """
 
 import re
@@ -42,7 +42,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Spec:
-    """What an image shows, in words."""
+    """Attributes of an image, as words."""
 
     colour: str
     shape: str
@@ -50,21 +50,23 @@ class Spec:
 
     @property
     def indices(self) -> tuple[int, int, int]:
+        """Indices into the values of each attribute."""
         return tuple(
             values.index(word) for values, word in zip(ATTRIBUTES.values(), astuple(self), strict=True)
         )
 
     @property
     def held_out(self) -> bool:
-        """True for 24 of the 96, one for each colour and shape, and one for each colour and background."""
+        """True for 24 of the 96: one for each colour and shape, and one for each colour and background."""
         colour, shape, background = self.indices
         return (colour + shape) % len(BACKGROUNDS) == background
 
     def caption(self, template: int) -> str:
+        """Fill in one of `TEMPLATES`."""
         return TEMPLATES[template].format(**vars(self))
 
     def changed(self, attribute: str) -> list["Spec"]:
-        """The specs that differ from this one in `attribute` alone."""
+        """Return the specs that differ from this one only in `attribute`."""
         others = (word for word in ATTRIBUTES[attribute] if word != getattr(self, attribute))
         return [replace(self, **{attribute: word}) for word in others]
 
@@ -73,44 +75,44 @@ SPECS = tuple(Spec(*words) for words in product(*ATTRIBUTES.values()))  # in the
 
 
 def spec_number(specs: np.ndarray) -> np.ndarray:
-    """Index into `SPECS`, (...), of specs (..., 3)."""
+    """Convert specs (..., 3) to indices into `SPECS` (...)."""
     return np.ravel_multi_index(tuple(np.moveaxis(specs, -1, 0)), [len(v) for v in ATTRIBUTES.values()])
 
 
 def every_caption() -> list[str]:
-    """Every phrasing of every spec, phrasings fastest, 96 x 8."""
+    """Return the captions of all specs in all templates, 96 x 8, templates fastest."""
     return [spec.caption(template) for spec in SPECS for template in range(len(TEMPLATES))]
 
 
 def prompts(held_out: bool) -> Iterator[str]:
-    """Every phrasing of every spec that is, or is not, held out."""
+    """Yield the captions, in all templates, of the specs that are held out, or of the others."""
     for template, spec in product(range(len(TEMPLATES)), SPECS):
         if spec.held_out == held_out:
             yield spec.caption(template)
 
 
 def parse(prompt: str) -> Spec:
-    """The spec that a caption of this world describes."""
+    """Return the spec of a caption; raises `ValueError` for other text."""
     words = set(re.findall(r"\w+", prompt.lower()))
-    found = [[value for value in values if value in words] for values in ATTRIBUTES.values()]
-    if any(len(values) != 1 for values in found):
+    matches = [[value for value in values if value in words] for values in ATTRIBUTES.values()]
+    if any(len(values) != 1 for values in matches):
         raise ValueError(f"not a caption of the demo world: {prompt!r}")
-    return Spec(*(values[0] for values in found))
+    return Spec(*(values[0] for values in matches))
 
 
 def random_specs(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Specs, (count, 3)."""
+    """Draw random specs (count, 3)."""
     return np.stack([rng.integers(len(values), size=count) for values in ATTRIBUTES.values()], axis=-1)
 
 
 def random_geometry(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Centre x, centre y, radius in pixels, (count, 3) float32."""
+    """Draw random geometries (count, 3) float32: centre x, centre y, radius, in pixels."""
     centre = SIZE / 2 + rng.uniform(-MAX_SHIFT, MAX_SHIFT, (count, 2))
     return np.concatenate([centre, rng.uniform(*RADIUS, (count, 1))], axis=-1).astype(np.float32)
 
 
 def draw(specs: np.ndarray, geometry: np.ndarray) -> np.ndarray:
-    """Antialiased images, (N, SIZE, SIZE, 3) uint8, of specs (N, 3) and geometry (N, 3)."""
+    """Render antialiased images (N, SIZE, SIZE, 3) uint8 of specs (N, 3) with geometry (N, 3)."""
     covered = np.empty((len(specs), SIZE, SIZE), np.float32)
     for index, shape in enumerate(SHAPES):
         chosen = specs[:, 1] == index
@@ -121,7 +123,7 @@ def draw(specs: np.ndarray, geometry: np.ndarray) -> np.ndarray:
 
 
 def cover(shape: str, geometry: np.ndarray) -> np.ndarray:
-    """How much of each pixel the shape covers, 0 to 1, (N, SIZE, SIZE), of geometry (N, 3)."""
+    """Return the share of each pixel that a shape of geometry (N, 3) covers, (N, SIZE, SIZE) in [0, 1]."""
     pixel = np.arange(SIZE, dtype=np.float32) + 0.5
     x = pixel[None, None, :] - geometry[:, 0, None, None]
     y = pixel[None, :, None] - geometry[:, 1, None, None]
@@ -130,7 +132,7 @@ def cover(shape: str, geometry: np.ndarray) -> np.ndarray:
         outside = np.hypot(x, y) - radius
     elif shape == "square":
         outside = np.maximum(abs(x), abs(y)) - 0.85 * radius
-    elif shape == "triangle":  # tip above, base below, as wide as two radii
+    elif shape == "triangle":  # tip up, base two radii wide
         outside = np.maximum(y - 0.8 * radius, (1.8 * abs(x) - (y + radius)) / np.hypot(1.8, 1))
     else:  # two bars
         arm = 0.34 * radius
