@@ -212,7 +212,7 @@ def offloading(options: Options) -> Result:
             offload.pin(model)
     for matrix in models.lora:
         matrix.data = matrix.data.to(device)
-    models.present = partial(offload.visit, device)
+    models.on_device = partial(offload.on_device, device)
     numbers |= difference(run("offloaded"), resident)
     relative = numbers["relative_difference"]
     return check(
