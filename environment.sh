@@ -1,5 +1,5 @@
-# Sourced by demo/run.sh and tests/run.sh: $PYTHON becomes a Python with the given requirements files installed.
-# Makes .venv on the first run; later runs find it as it should be. Set PYTHON to use an environment of your own.
+# Sourced by demo/run.sh and tests/run.sh: sets $PYTHON to a Python with the given requirements files installed.
+# Creates .venv on the first run and reuses it later. Set PYTHON to use an environment of your own.
 if [[ -z ${PYTHON:-} ]]; then
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
   PYTHON=$root/.venv/bin/python

@@ -94,6 +94,7 @@ def main() -> None:
     cases = find_cases(loras, *target, options.sweep_lora_scale, options.sweep_guidance)
     state = PartialState(options.device == "cpu" or not torch.cuda.is_available(), timeout=MAX_WAIT)
     device = devices.find(options.device or (str(state.device) if state.num_processes > 1 else None))
+    devices.set_tf32(False)
     saved_settings = check_settings(options, prompts, device)
     output, is_quiet = Path(options.output_dir), not state.is_main_process
 

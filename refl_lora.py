@@ -227,6 +227,7 @@ def main() -> None:
     device, world = accelerator.device, accelerator.num_processes
     dtype = devices.weight_dtype(accelerator.mixed_precision)
     devices.set_tf32(options.allow_tf32)
+    torch.backends.cudnn.benchmark = True  # few sizes repeat
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU (no GPU is visible)"
     accelerator.print(f"{world} process{'' if world == 1 else 'es'} on {name}, frozen parts in {dtype}")
     run = Run(options, inputs, accelerator)

@@ -11,7 +11,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# $PYTHON if it is set; else the active environment, or the .venv that demo/run.sh makes: the first that has what it takes.
+# $PYTHON if it is set; otherwise the active environment or the .venv of demo/run.sh, the first with the requirements.
 find='from importlib.util import find_spec as f; import sys; sys.exit(not all(map(f, ("accelerate", "peft", "tyro"))))'
 for python in ${PYTHON:-python "$here/.venv/bin/python"}; do
   if "$python" -c "$find" 2>/dev/null; then ready=yes && break; fi
@@ -21,7 +21,7 @@ if [[ -z ${ready:-} ]]; then
   exit 2
 fi
 
-# Options of the launcher are taken out; everything else is for refl_lora.py.
+# Options of the launcher are taken out; all others go to refl_lora.py.
 main_process_port=0 main_process_ip='' num_machines=1 machine_rank=0
 options=(--learning_rate=1e-04 --grad_scale 0.01)
 if [[ " $* " == *" --options_file"* || " $* " == *" --options-file"* ]]; then options=(); fi  # the file has them
@@ -44,7 +44,7 @@ for name in main_process_port num_machines machine_rank; do
   fi
 done
 if ((num_machines < 1 || machine_rank >= num_machines)); then
-  echo "error: --machine_rank $machine_rank of --num_machines $num_machines: machines are counted from 0" >&2
+  echo "error: --machine_rank $machine_rank of --num_machines $num_machines: ranks are counted from 0" >&2
   exit 2
 fi
 if ((num_machines > 1)) && { ((main_process_port == 0)) || [[ -z $main_process_ip ]]; }; then
@@ -52,7 +52,7 @@ if ((num_machines > 1)) && { ((main_process_port == 0)) || [[ -z $main_process_i
   exit 2
 fi
 
-# Mistakes are reported here, once and in one line, before anything is launched.
+# Errors in the options are reported here, once, before anything is launched.
 for option in "${options[@]}"; do
   if [[ $option == --help || $option == -h ]]; then exec "$python" "$here/refl_lora.py" --help; fi
 done
@@ -67,7 +67,7 @@ if nvidia-smi -L >/dev/null 2>&1; then
 fi
 processes=${NUM_PROCESSES:-$((gpus < 2 ? (gpus > 0 ? gpus : 1) : 2))}
 if ! [[ $processes =~ ^[1-9][0-9]*$ ]] || ((gpus > 0 && processes > gpus)); then
-  echo "error: NUM_PROCESSES=$processes: must be a number from 1 to that of the visible GPUs, $gpus" >&2
+  echo "error: NUM_PROCESSES=$processes: must be a number from 1 to $gpus, the number of visible GPUs" >&2
   exit 2
 fi
 if ((gpus == 0)); then
@@ -77,7 +77,7 @@ if ((gpus == 0)); then
 fi
 
 # One process needs no launcher. Without a GPU, --multi_gpu starts several processes over gloo; --cpu would start one.
-# Every setting is given, so that none comes from an `accelerate config` made for something else.
+# Every setting is given, so that none comes from the user's `accelerate config`.
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 if ((processes * num_machines == 1)); then
   ACCELERATE_MIXED_PRECISION=$precision exec "$python" "$here/refl_lora.py" "${options[@]}"

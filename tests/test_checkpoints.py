@@ -32,7 +32,7 @@ def test_damage_anywhere_is_found(tmp_path, name, capsys):
             (path / name).unlink()
         else:
             (path / name).write_bytes(spoilt)
-        with pytest.raises(UserError, match="checkpoint-10.* (is damaged|is not a whole checkpoint)"):
+        with pytest.raises(UserError, match="checkpoint-10.* (is damaged|is not a complete checkpoint)"):
             checkpoints.read(path)
         assert "older" in checkpoints.newest(tmp_path)
         assert "checkpoint-10" in capsys.readouterr().err
@@ -49,7 +49,7 @@ def test_none_is_none(tmp_path):
 def test_what_is_there_but_cannot_be_read_is_no_reason_to_start_anew(tmp_path, monkeypatch):
     path = checkpoints.write(tmp_path, 7, FILES)
     (path / "a.bin").unlink()
-    with pytest.raises(UserError, match="no checkpoint in .* is whole; --resume_from_checkpoint none"):
+    with pytest.raises(UserError, match="all checkpoints in .* are damaged; --resume_from"):
         checkpoints.newest(tmp_path)
 
     def broken(path):

@@ -1,7 +1,10 @@
 """Devices, precisions and processes: settings that only a GPU or a second machine would show."""
 
+import importlib
+import os
 from datetime import timedelta
 
+import refl
 from refl.system import devices, distributed
 from refl.system.errors import UserError
 
@@ -27,6 +30,24 @@ def test_tf32_is_set_for_products_and_convolutions(tf32_flags, allowed, recwarn)
         assert torch.backends.cuda.matmul.fp32_precision in precision
         assert torch.backends.cudnn.conv.fp32_precision in precision
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_the_allocator_is_set_unless_the_user_sets_it(monkeypatch, given, expected):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    importlib.reload(refl)
+    assert {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name} == expected
 
 
 def test_the_precision_follows_the_visible_gpus(monkeypatch):

@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over(options, straight, tmp_path, monkey
     printed = capsys.readouterr()
     assert "optimizer.safetensors is damaged" in printed.err and "resuming after step 4" in printed.out
     assert_same_run(tmp_path / "run", straight)
-    with pytest.raises(UserError, match="nowhere is not a whole checkpoint"):
+    with pytest.raises(UserError, match="nowhere is not a complete checkpoint"):
         train(monkeypatch, tmp_path / "run", *options, "--resume_from_checkpoint=nowhere")
 
 

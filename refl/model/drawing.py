@@ -136,6 +136,7 @@ def _flags(settings: dict, names: Sequence[str]) -> str:
 def pipeline(options: ImageOptions) -> StableDiffusionPipeline:
     """Load the pipeline on the device, in the precision and with the sampler of the options."""
     device = devices.find(options.device)
+    devices.set_tf32(False)
     dtype = DTYPES[precision(options, device)]
     return load_pipeline(options.pretrained_model_name_or_path, options.sampler, dtype, device)
 

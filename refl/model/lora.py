@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): added to a UNet, packed, unpacked, converted; its files and their metadata."""
+"""LoRA (Hu et al. 2021): add to a UNet, pack, unpack, convert; files and their metadata."""
 
 import json
 from collections.abc import Sequence
@@ -43,9 +43,9 @@ def add_lora(
 
 
 def pack_lora(unet: UNet2DConditionModel, metadata: dict) -> bytes:
-    """The LoRA as a safetensors file in diffusers' format; the same LoRA is the same bytes.
+    """The LoRA as a safetensors file in diffusers' format; equal LoRAs give equal bytes.
 
-    `metadata` goes into the file beside what diffusers needs to restore rank and alpha.
+    The file also contains `metadata`, and what diffusers needs to restore rank and alpha.
     """
     adapter = {f"unet.{key}": value for key, value in unet.peft_config["default"].to_dict().items()}
     about = {
@@ -56,12 +56,12 @@ def pack_lora(unet: UNet2DConditionModel, metadata: dict) -> bytes:
 
 
 def to_kohya(content: bytes) -> bytes:
-    """What `pack_lora` made, in kohya's format, which A1111 and ComfyUI read as well."""
+    """Convert a file from `pack_lora` to kohya's format, which A1111 and ComfyUI read as well."""
     length = int.from_bytes(content[:8], "little")
     about = json.loads(content[8 : 8 + length])["__metadata__"]
     adapter = json.loads(about[LORA_ADAPTER_METADATA_KEY])
     rank, alpha = adapter["unet.r"], float(adapter["unet.lora_alpha"])
-    names = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B."}  # what the converter takes
+    names = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B."}  # as the converter expects
     weights = load(content)
     for theirs, peft in names.items():
         weights = {key.replace(theirs, peft): value for key, value in weights.items()}
@@ -83,7 +83,7 @@ def to_kohya(content: bytes) -> bytes:
 def _pack(weights: dict[str, Tensor], about: dict[str, str]) -> bytes:
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     content = save(tensors, metadata={"format": "pt"} | about)
-    # safetensors writes the metadata in random order.
+    # safetensors writes the metadata in random order; sorted here, so that equal LoRAs give equal bytes.
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
@@ -92,22 +92,22 @@ def _pack(weights: dict[str, Tensor], about: dict[str, str]) -> bytes:
 
 @torch.no_grad()
 def unpack_lora(unet: UNet2DConditionModel, content: bytes) -> None:
-    """Put the values of `pack_lora` into the LoRA that `unet` already carries; raises `UserError` if they do
-    not fit."""
+    """Copy the values of a `pack_lora` file into the LoRA of `unet`; raises `UserError` if they do not
+    fit."""
     saved, weights = load(content), _lora_weights(unet)
     if {key: value.shape for key, value in saved.items()} != {key: w.shape for key, w in weights.items()}:
-        raise UserError("the checkpoint's LoRA was made for another model; take another --output_dir.")
+        raise UserError("the checkpoint's LoRA was trained for another model; choose another --output_dir.")
     for key, value in weights.items():
         value.copy_(saved[key])
 
 
-def _lora_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:  # the matrices themselves, not copies
+def _lora_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:  # not copies
     weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     return {f"unet.{key}": value for key, value in weights.items()}
 
 
 def lora_file(path: str | Path) -> Path:
-    """The LoRA's file, given itself or its folder; raises `UserError` when there is none."""
+    """The file of a LoRA, given itself or its folder; raises `UserError` if it does not exist."""
     path = Path(path)
     file = path / LORA_FILE if path.is_dir() else path
     if not file.is_file():
@@ -116,7 +116,7 @@ def lora_file(path: str | Path) -> Path:
 
 
 def read_metadata(path: str | Path) -> dict:
-    """What `pack_lora` wrote about a LoRA; {} for one from elsewhere."""
+    """The metadata that `pack_lora` wrote; {} for a LoRA from elsewhere."""
     file = lora_file(path)
     try:
         with safe_open(file, framework="pt") as tensors:

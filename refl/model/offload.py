@@ -25,9 +25,6 @@ def on_device(device: torch.device, *models: torch.nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-visit = on_device  # for callers of the old name
-
-
 def pin(model: torch.nn.Module) -> None:
     """Move what `model` keeps on the CPU to pinned memory, which a GPU copies fastest."""
     for tensor in (*model.parameters(), *model.buffers()):

@@ -36,8 +36,10 @@ SAMPLERS = {
 def load_lora(
     pipeline: StableDiffusionPipeline, path: str | Path, scale: float, in_uncond: bool = True
 ) -> None:
-    """Put a LoRA in diffusers' (or kohya's) format into the pipeline at `scale`, in the place of another; not
-    `in_uncond`: guidance takes the prediction for the empty prompt from the model without it."""
+    """Load a LoRA in diffusers' or kohya's format into the pipeline at `scale`, replacing any other.
+
+    Without `in_uncond`, guidance uses the base model's prediction for the empty prompt. Raises `UserError`.
+    """
     file = lora_file(path)
     read_metadata(file)
     unload_lora(pipeline)
@@ -52,12 +54,12 @@ def load_lora(
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{file} does not fit this model; it was made for another architecture ({reason})."
+            f"{file} does not fit this model; it was trained for another architecture ({reason})."
         ) from error
 
 
 def unload_lora(pipeline: StableDiffusionPipeline) -> None:
-    """Let the pipeline be as it was without a LoRA."""
+    """Remove the LoRA from the pipeline, if it has one."""
     pipeline.unload_lora_weights()
     vars(pipeline.unet).pop("forward", None)
 
@@ -66,15 +68,15 @@ def _without_lora_in_uncond(
     pipeline: StableDiffusionPipeline, forward: Callable, sample: Tensor, t: Tensor,
     encoder_hidden_states: Tensor, **options,
 ) -> tuple[Tensor]:  # fmt: skip
-    """The UNet as the pipeline calls it: in guidance the first half of the rows is for the empty prompt."""
+    """Replace the UNet's forward: in guidance the first half of the batch is for the empty prompt."""
     if not pipeline.do_classifier_free_guidance:
         return forward(sample, t, encoder_hidden_states=encoder_hidden_states, **options)
-    rows = list(zip(sample.chunk(2), encoder_hidden_states.chunk(2), strict=True))
-    eps = []
-    for (own, embeds), context in zip(rows, (lora_off(pipeline.unet), nullcontext()), strict=True):
+    outputs = []
+    contexts = lora_off(pipeline.unet), nullcontext()
+    for half, embeds, context in zip(sample.chunk(2), encoder_hidden_states.chunk(2), contexts, strict=True):
         with context:
-            eps.append(forward(own, t, encoder_hidden_states=embeds, **options)[0])
-    return (torch.cat(eps),)
+            outputs.append(forward(half, t, encoder_hidden_states=embeds, **options)[0])
+    return (torch.cat(outputs),)
 
 
 # -------------------------------------------------------------------------------------------------- inference
@@ -83,8 +85,7 @@ def _without_lora_in_uncond(
 def load_pipeline(
     folder: str | Path, sampler: str, dtype: torch.dtype, device: str | torch.device
 ) -> StableDiffusionPipeline:
-    """diffusers' pipeline with one of `SAMPLERS`; decodes in float32 where `dtype` is float16, image by
-    image."""
+    """diffusers' pipeline with one of `SAMPLERS`; its VAE is in float32 if `dtype` is float16."""
     parts = families.load(folder, dtype, device)
     pipeline = StableDiffusionPipeline(
         vae=parts.vae,
@@ -111,8 +112,8 @@ def generate(
 ) -> Tensor:
     """Images (B, 3, H, W) float32 in [0, 1] on the CPU, one for each prompt and its seed.
 
-    A seed stands for one noise on every device and in every batch. Decoded one at a time, so that memory does
-    not grow with the batch.
+    A seed gives the same noise on every device and in every batch. Decodes one image at a time, so that
+    memory does not grow with the batch.
     """
     unet, factor = pipeline.unet, vae_factor(pipeline.vae)
     side = resolution // factor if resolution else unet.config.sample_size
@@ -120,15 +121,14 @@ def generate(
     noise = [
         torch.randn(unet.config.in_channels, side, side, generator=generator) for generator in generators
     ]
+    latents = torch.stack(noise).to(unet.dtype)  # drawn in float32: half precision would draw other numbers
     latents = pipeline(
         list(prompts),
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         height=side * factor,
         width=side * factor,
-        latents=torch.stack(noise).to(
-            unet.dtype
-        ),  # drawn in float32: half precision would draw other numbers
+        latents=latents,
         generator=generators,
         output_type="latent",
     ).images

@@ -46,6 +46,7 @@ def main() -> None:
     if missing := [path for path in options.images if not Path(path).is_file()]:
         raise UserError(f"no such image: {', '.join(missing)}.")
     device = devices.find(options.device)
+    devices.set_tf32(False)
     scorers = rewards.load(options.reward, options.reward_path, device, torch.float32)
 
     scored, unreadable = [], []

@@ -1,1 +1,2 @@
-"""What knows nothing of models: errors, files, signals, devices, launching, randomness, prompts."""
+"""Independent of models: errors, files, checkpoints, signals, devices, processes, randomness, prompts,
+images."""

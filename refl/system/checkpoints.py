@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, verified when they are read.
+"""Checkpoints: written atomically, verified when they are read.
 
 A checkpoint is a folder `checkpoint-N`, N optimizer steps into a run: files, and checksums.json with the
-SHA-256 of each. It is written beside its place, put on the disk, then renamed, so that whatever is called
-`checkpoint-N` is whole unless the disk spoilt it; and then its checksums tell.
+SHA-256 of each. It is written under another name, synced to the disk, then renamed, so that a folder called
+`checkpoint-N` is complete unless the disk damaged it, which its checksums reveal.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ CHECKSUMS, STATE = "checksums.json", "state.json"
 
 
 class Damaged(UserError):
-    """A checkpoint that is not as it was written."""
+    """A checkpoint that is incomplete or differs from what was written."""
 
 
 def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
-    """Write `folder`/checkpoint-`step`; returns it. Raises `OSError`, and then nothing of it is left."""
+    """Write `folder`/checkpoint-`step` and return it. Raises `OSError` and then leaves nothing behind."""
     target = folder / f"checkpoint-{step}"
     partial = target.with_name(target.name + ".partial")
     checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
@@ -34,7 +34,7 @@ def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
             write_synced(partial / name, content)
         write_synced(partial / CHECKSUMS, json.dumps(checksums, indent=2).encode())
         sync_folder(partial)
-        if target.exists():  # one that was found damaged
+        if target.exists():  # a damaged one
             shutil.rmtree(target.rename(target.with_name(target.name + ".damaged.partial")))
         partial.rename(target)
         sync_folder(folder)
@@ -45,54 +45,53 @@ def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint; raises `Damaged` for one that is not as it was written, `UserError` for one
-    that cannot be read."""
+    """Read and verify the files of a checkpoint; raises `Damaged`, or `UserError` if it cannot be read."""
     try:
         checksums = json.loads((path / CHECKSUMS).read_bytes())
         files = {name: (path / name).read_bytes() for name in checksums}
     except (FileNotFoundError, ValueError, TypeError) as error:
-        raise Damaged(f"{path} is not a whole checkpoint ({error}).") from error
+        raise Damaged(f"{path} is not a complete checkpoint ({error}).") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     for name, content in files.items():
         if hashlib.sha256(content).hexdigest() != checksums[name]:
-            raise Damaged(f"{path / name} is damaged: it is not what was written.")
+            raise Damaged(f"{path / name} is damaged: its checksum differs.")
     return files
 
 
 def newest(folder: Path) -> dict[str, bytes] | None:
-    """The files of the newest whole checkpoint in `folder`; damaged ones are named and passed over.
+    """The files of the newest valid checkpoint in `folder`; warns of damaged ones and skips them.
 
-    None if there is no checkpoint at all; raises `UserError` if there are some and none is whole.
+    None if there is no checkpoint; raises `UserError` if all are damaged.
     """
-    found = sorted(steps(folder), reverse=True)
-    for step in found:
+    saved = sorted(steps(folder), reverse=True)
+    for step in saved:
         try:
             return read(folder / f"checkpoint-{step}")
         except Damaged as error:
-            print(f"warning: {error} Passed over.", file=sys.stderr, flush=True)
-    if found:
-        raise UserError(f"no checkpoint in {folder} is whole; --resume_from_checkpoint none starts anew.")
+            print(f"warning: {error} Skipping it.", file=sys.stderr, flush=True)
+    if saved:
+        raise UserError(
+            f"all checkpoints in {folder} are damaged; --resume_from_checkpoint none starts anew."
+        )
     return None
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in `folder`, whole or damaged."""
+    """Steps of the checkpoints in `folder`, valid or damaged."""
     names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*"))
     return [int(match[1]) for match in names if match]
 
 
 def prune(folder: Path, step: int, limit: int) -> None:
-    """Once that of `step` is whole: delete those after it, another run's, and all but `limit` up to it."""
+    """After the checkpoint of `step`: delete later ones, of another run, and keep the last `limit` up to
+    it."""
     for path in folder.glob("checkpoint-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
-    found = sorted(steps(folder))
-    kept = [number for number in found if number <= step][-limit:]
-    for number in found:
+    saved = sorted(steps(folder))
+    kept = [number for number in saved if number <= step][-limit:]
+    for number in saved:
         if number not in kept:
-            # Renamed first: a checkpoint that is half deleted is never taken for one.
+            # Renamed first, so that a partly deleted checkpoint is never read.
             path = folder / f"checkpoint-{number}"
             shutil.rmtree(path.rename(path.with_name(path.name + ".partial")), ignore_errors=True)
-
-
-# -------------------------------------------------------------------------------------------- what is in them

@@ -1,4 +1,4 @@
-"""What a person got wrong, as opposed to what the program got wrong."""
+"""User errors: exit code 2, one message, no traceback."""
 
 import os
 import sys
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """A mistake in the input. Its message says what is wrong, where, and what to do. No traceback."""
+    """An error of the user. Its message says what is wrong, where, and what to do."""
 
 
 def run_as_command(main: Callable[[], None], memory_advice: Callable[[], str] = lambda: "") -> None:
-    """Run a script's `main`. A `UserError` becomes one message on stderr and exit code 2.
+    """Run a script's `main`; turn a `UserError` into a message on stderr and exit code 2.
 
-    So does a GPU whose memory does not suffice; `memory_advice()` says what to change.
+    Does the same when GPU memory runs out; `memory_advice()` says what to change.
     """
     try:
         main()
@@ -29,13 +29,13 @@ def run_as_command(main: Callable[[], None], memory_advice: Callable[[], str] = 
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of the processes on its machine: the one that says what they all could."""
+    """Whether this process is the first on its machine, which reports what concerns all of them."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _exit(message: str, code: int) -> None:
-    # Of several processes with the same mistake the first one speaks, and the launcher then ends the others.
-    # One that is alone with its mistake is heard a little later.
+    # If all processes have the same error, the first one reports it and the launcher then ends the others. An
+    # error of another process alone is reported after a delay.
     if not is_first_process():
         time.sleep(30)  # on a busy machine the first one may be that far behind
     print(message, file=sys.stderr, flush=True)

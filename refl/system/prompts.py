@@ -1,4 +1,4 @@
-"""Prompts: read from the usual kinds of file, and dealt out to steps and processes."""
+"""Read prompts from common file formats, and assign them to samples."""
 
 import csv
 import io
@@ -14,11 +14,11 @@ TEXT_KEYS = ("text", "prompt", "caption")
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a file, in its order, blank ones left out.
+    """The prompts in a file, in order, without blank ones.
 
-    .txt: one a line. .json: a list of strings, or of objects with one of `TEXT_KEYS`. .jsonl: one such value
-    a line. .csv: the column named by one of `TEXT_KEYS`, or the only column. Raises `UserError` with the
-    place of the mistake.
+    .txt: one per line. .json: a list of strings, or of objects with one of `TEXT_KEYS`. .jsonl: one such
+    value per line. .csv: the column named by one of `TEXT_KEYS`, or the only column. Raises `UserError` with
+    the place of the error.
     """
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
@@ -41,7 +41,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def _read_txt(path: Path, content: str) -> list[str]:
-    return content.split("\n")  # not at the rarer characters of str.splitlines
+    return content.split("\n")  # str.splitlines also splits at rarer characters
 
 
 def _read_json(path: Path, content: str) -> list[str]:
@@ -60,7 +60,8 @@ def _read_jsonl(path: Path, content: str) -> list[str]:
 
 
 def json_lines(path: Path, content: str) -> Iterator[tuple[str, object]]:
-    """Where each line that is not blank is, for messages, and what it holds; raises `UserError`."""
+    """Yield the place, for messages, and the JSON value of each line that is not blank; raises
+    `UserError`."""
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
@@ -107,9 +108,9 @@ def _text(entry: object, place: str) -> str:
 
 
 def prompt_index(seed: int, position: int, num_prompts: int) -> int:
-    """Which prompt the sample at `position` gets, counted over the whole run and all processes.
+    """Index of the prompt for the sample at `position`, counted over the whole run and all processes.
 
-    Every pass over the prompts is a new permutation of all of them.
+    Every pass over the prompts is a new permutation of them.
     """
     epoch, offset = divmod(position, num_prompts)
     return int(_permutation(seed, epoch, num_prompts)[offset])

@@ -1,4 +1,4 @@
-"""Being told to stop: Ctrl-C, a scheduler's SIGTERM, SLURM's SIGUSR1 before its time limit."""
+"""Signals to stop: Ctrl-C, a scheduler's SIGTERM, SLURM's SIGUSR1 before its time limit."""
 
 import signal
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
-    """A signal asked the process to stop. Not an `Exception`: nothing may take it for an error and go on."""
+    """A signal asked the process to stop. Not an `Exception`, so that no handler of errors catches it."""
 
     def __init__(self, number: int):
         self.name = signal.Signals(number).name
@@ -17,10 +17,11 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """From when it is made, the signals raise `Stopped`, but only inside `interruptible`, where nothing that
-    must be whole is half done; elsewhere they wait for the next such place.
+    """Handlers for `SIGNALS`, installed on creation.
 
-    Not `immediate`, they only set `received`: of several processes, none may leave the others waiting for it.
+    If `immediate`, a signal raises `Stopped` inside `interruptible` blocks, or at the start of the next one:
+    code outside them must not be interrupted. Otherwise it only sets `received`, because a process that left
+    a step early would leave the others waiting.
     """
 
     def __init__(self, immediate: bool):
@@ -37,7 +38,7 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A block that may be left at any point."""
+        """A block that may be interrupted at any point."""
         self.is_interruptible = self.immediate
         try:
             if self.received and self.immediate:
