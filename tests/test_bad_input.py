@@ -162,14 +162,13 @@ def test_places_that_cannot_be_read_or_written(training_options, tmp_path, monke
 
 # ------------------------------------------------------------------------------------------------------- fuzz
 
-FUZZ = (
-    settings(  # no deadlines, a machine may be busy; the same examples each time, a failure is the change's
-        max_examples=100,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-        database=None,
-    )
+# No deadlines, as a machine may be busy, and the same examples each time.
+FUZZ = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    database=None,
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),

@@ -187,9 +187,8 @@ def test_one_sick_process_makes_all_skip(start, tmp_path):
 
 def test_three_processes_train_and_validate_as_one(start, inputs, options, tmp_path, monkeypatch):
     """Of four validation prompts each of three processes draws two, so that two are drawn in vain."""
-    changes = (
-        "--max_train_steps 3 --validation_steps 3 --num_validation_images 4 --learning_rate 1e-2".split()
-    )
+    changes = "--max_train_steps 3 --validation_steps 3 --num_validation_images 4".split()
+    changes += ["--learning_rate=1e-2", *SMOOTH]
     finish(start(tmp_path / "3", 3, *changes))
     one = ["--train_batch_size=3", f"--output_dir={tmp_path / '1'}"]
     monkeypatch.syspath_prepend(inputs)
