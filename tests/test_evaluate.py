@@ -104,13 +104,25 @@ def make_lora(tiny, folder: Path, rank: int, scale: float = 0.5, **metadata) -> 
     return folder
 
 
+# With HOLD naming an evaluation's folder, scoring waits there to be killed.
+HELD_OUT = """
+import os, time
+from pathlib import Path
+
+def red(images, prompts):
+    while "HOLD" in os.environ and list(Path(os.environ["HOLD"]).glob("images/*/*.png")):
+        time.sleep(0.02)
+    return images[:, 0].mean((1, 2))
+"""
+
+
 @pytest.fixture(scope="module")
 def world(tiny, tmp_path_factory):
     """A folder of two LoRAs of different ranks, a reward, prompts; and the options to evaluate them."""
     folder = tmp_path_factory.mktemp("world")
     make_lora(tiny, folder / "lora", 5)
     make_lora(tiny, folder / "lora" / "checkpoint-2", 2)
-    (folder / "held_out.py").write_text("def red(images, prompts): return images[:, 0].mean((1, 2))\n")
+    (folder / "held_out.py").write_text(HELD_OUT)
     (folder / "prompts.txt").write_text("a red cat\na blue dog\n<b>three</b> apples\n")
     return folder
 
@@ -342,7 +354,7 @@ def test_a_lora_that_does_nothing_changes_nothing(options, tiny, tmp_path, monke
 def test_two_processes_go_on_after_a_kill_and_find_what_one_finds(options, world, tmp_path, monkeypatch):
     run = [*options, "--lora_paths", world / "lora", "--num_images_per_prompt", "3"]
     two = [*map(str, run), "--output_dir", tmp_path / "two"]
-    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(world)}
+    settings = {"PYTHONPATH": str(world), "HOLD": str(tmp_path / "two")}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     killed = subprocess.Popen(
         [sys.executable, "evaluate.py", *two], cwd=ROOT, env={**os.environ, **settings}, **quiet

@@ -11,12 +11,12 @@ from parity import parity
 def results(tmp_path):
     """Answers and costs of two sides that agree; a function that writes them, `ours` changed."""
     random = np.random.default_rng(0)
-    num = len(parity.images())
+    num = len(parity.reference_images())
     answers = {f"pixels/{kind}": random.random((3, 4, 4)) for kind in parity.ALL_IMAGES}
     for label in parity.PROMPTS:
         answers[f"score/{label}"] = answers[f"rank_score/{label}"] = random.normal(size=num)
         answers[f"rank/{label}"] = random.permutation(num) + 1
-    for kind in parity.images():
+    for kind in parity.reference_images():
         answers[f"training_score/{kind}"] = random.normal(size=len(parity.PROMPTS))
         answers[f"gradient/{kind}"] = random.normal(size=(len(parity.PROMPTS), 3, 4, 4))
     for precision in ("full", "half"):

@@ -57,22 +57,30 @@ def wait(folder):
 
 
 @pytest.fixture(scope="module")
-def start(shared, tiny):
-    """A function that starts `train_refl_lora.sh` with so many processes, in a process group of its own."""
+def inputs(shared):
+    """The folder of the reward's module and of prompts."""
 
     def make(folder):
         (folder / "watched.py").write_text(WATCHED)
         write_prompts(folder)
 
-    folder = shared("start", make)
-    prompts = folder / "prompts.txt"
+    return shared("inputs", make)
 
-    def start(output, processes, *options, **environment):
-        command = [
-            "bash", "train_refl_lora.sh", *weight_options(tiny), f"--prompts={prompts}",
-            f"--validation_prompts={prompts}", *OPTIONS, f"--output_dir={output}", *options,
-        ]  # fmt: skip
-        settings = {"PYTHON": sys.executable, "PYTHONPATH": str(folder), "NUM_PROCESSES": str(processes)}
+
+@pytest.fixture(scope="module")
+def options(tiny, inputs):
+    """Options of a run of 8 steps."""
+    prompts = inputs / "prompts.txt"
+    return [*weight_options(tiny), f"--prompts={prompts}", f"--validation_prompts={prompts}", *OPTIONS]
+
+
+@pytest.fixture(scope="module")
+def start(inputs, options):
+    """A function that starts `train_refl_lora.sh` with so many processes, in a process group of its own."""
+
+    def start(output, processes, *changes, **environment):
+        command = ["bash", "train_refl_lora.sh", *options, f"--output_dir={output}", *changes]
+        settings = {"PYTHON": sys.executable, "PYTHONPATH": str(inputs), "NUM_PROCESSES": str(processes)}
         return subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **settings, **environment},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -177,15 +185,14 @@ def test_one_sick_process_makes_all_skip(start, tmp_path):
     assert all(value.isfinite().all() for value in load_file(tmp_path / LORA).values())
 
 
-def test_three_processes_train_and_validate_as_one(start, tmp_path, monkeypatch):
+def test_three_processes_train_and_validate_as_one(start, inputs, options, tmp_path, monkeypatch):
     """Of four validation prompts each of three processes draws two, so that two are drawn in vain."""
-    shared = ["--max_train_steps=3", "--validation_steps=3", "--num_validation_images=4", *SMOOTH]
-    process = start(tmp_path / "3", 3, *shared)
-    command = process.args[process.args.index("train_refl_lora.sh") + 1 :]
-    finish(process)
+    changes = "--max_train_steps 3 --validation_steps 3 --num_validation_images 4".split()
+    changes += ["--learning_rate=1e-2", *SMOOTH]
+    finish(start(tmp_path / "3", 3, *changes))
     one = ["--train_batch_size=3", f"--output_dir={tmp_path / '1'}"]
-    monkeypatch.syspath_prepend(os.path.dirname(next(o for o in command if o.startswith("--prompts="))[10:]))
-    run_in_process(refl_lora, monkeypatch, *command, *one)
+    monkeypatch.syspath_prepend(inputs)
+    run_in_process(refl_lora, monkeypatch, *options, *changes, *one)
     assert_close_loras(*(load_file(tmp_path / world / LORA) for world in ("3", "1")))
     three, one = (events(tmp_path / world / "logs") for world in ("3", "1"))
     for tag in ("reward/mean", "validation/reward", "validation/saturated"):

@@ -99,7 +99,20 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("where", KILLS)
+DEFAULT_TIER = {
+    "in the rollout",
+    "in the update",
+    "in validation",
+    "in the first file of a checkpoint",
+    "before old ones are deleted",
+    "before the last checkpoint",
+    "before the LoRA is written",
+}
+
+
+@pytest.mark.parametrize(
+    "where", [pytest.param(where, marks=[pytest.mark.slow] * (where not in DEFAULT_TIER)) for where in KILLS]
+)
 def test_killed_and_resumed_is_as_if_never_killed(options, straight, tmp_path, monkeypatch, where):
     with monkeypatch.context() as context:
         break_at(context, *KILLS[where])
