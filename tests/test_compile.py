@@ -2,12 +2,16 @@
 
 import shutil
 
+import refl_lora
 from refl.model.compile import compile_models
 from refl.model.lean import lora_cast_once, lora_off, make_lean
 from refl.model.lora import add_lora
+from refl.train import models
 
 import pytest
 import torch
+from conftest import LORA, SMOOTH, run_in_process
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 SIZES = (2, 1)  # of a rollout whose samples stop one after the other
@@ -71,3 +75,21 @@ def test_a_compiled_step_is_the_same_step(fresh_compiler, parts, backend, checkp
     for ours, eager in zip([*first, *both], expected[:number] + expected, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5 * eager.abs().max().item())
     assert set(parts.unet.state_dict()) == names and any(gradient.any() for gradient in first[-len(lora) :])
+
+
+def test_a_run_can_be_compiled(fresh_compiler, training_options, tmp_path, monkeypatch):
+    """The whole training by the option; on the CPU, aot_eager in place of inductor, which takes minutes."""
+    run_in_process(refl_lora, monkeypatch, *training_options, *SMOOTH, "--output_dir", tmp_path / "eager")
+    compiled = []
+
+    def with_aot_eager(unet, decoder):
+        compiled.extend([unet, decoder])
+        compile_models(unet, decoder, "aot_eager")
+
+    monkeypatch.setattr(models, "compile_models", with_aot_eager)
+    options = ["--torch_compile", "--output_dir", tmp_path / "compiled"]
+    run_in_process(refl_lora, monkeypatch, *training_options, *SMOOTH, *options)
+    assert len(compiled) == 2
+    eager, ours = (load_file(tmp_path / name / LORA) for name in ("eager", "compiled"))
+    for name, value in eager.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-6)

@@ -131,6 +131,9 @@ class Options:
     """Images rolled out at once, across micro-steps; more use a large GPU better."""
     allow_tf32: bool = False
     """Use TF32 for float32 matrix products and convolutions on Ampere and newer GPUs."""
+    torch_compile: bool = False
+    """Compile UNet and decoder with torch.compile. Takes minutes at the start; results differ by rounding.
+    Not measured on a GPU; on the CPU it is no faster."""
     seed: int = 0
     """Seed of the LoRA's initial values, prompts, noise and stop indices."""
 
@@ -197,8 +200,9 @@ def _as_argument(name: str, value: str | int | float | bool | None) -> str:
 COMMAND_ONLY = ("options_file", "check", "resume_from_checkpoint", "allow_changed_options")
 # Options that the LoRA does not depend on, or only to rounding.
 SAFE_TO_CHANGE = """options_file check output_dir also_kohya prompts train_batch_size decode_batch_size
-    rollout_batch_size gradient_checkpointing low_memory checkpointing_steps checkpoints_total_limit
-    resume_from_checkpoint allow_changed_options max_nonfinite_steps logging_dir report_to""".split()
+    rollout_batch_size gradient_checkpointing low_memory torch_compile checkpointing_steps
+    checkpoints_total_limit resume_from_checkpoint allow_changed_options max_nonfinite_steps logging_dir
+    report_to""".split()
 VALIDATION_OPTIONS = """held_out_reward validation_prompts validation_steps num_validation_images
     validation_images_per_prompt""".split()  # they matter to --early_stop alone
 
@@ -287,6 +291,7 @@ def check_values(options: Options) -> None:
             lambda v: v == "both" or o.guidance_scale != 1,
             "go with a --guidance_scale other than 1",
         ),
+        ("torch_compile", lambda v: not (v and o.low_memory), "be False with --low_memory"),
         ("early_stop", lambda v: not v or o.validation_steps, "have --validation_steps above 0"),
     )
     for names, is_valid, demand in demands:
