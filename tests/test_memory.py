@@ -48,7 +48,12 @@ def options(tiny):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, pytest.param({"decode_batch_size": 3}, marks=SLOW), {"gradient_checkpointing": True}]
+    "changes",
+    [
+        {},
+        pytest.param({"decode_batch_size": 3}, marks=SLOW),
+        pytest.param({"gradient_checkpointing": True}, marks=SLOW),
+    ],
 )
 @pytest.mark.parametrize("resolution", [64, pytest.param(128, marks=SLOW)])
 def test_the_count_is_what_a_step_takes(options, tiny, changes, resolution):

@@ -288,6 +288,7 @@ def test_too_many_nonfinite_steps_end_the_run_at_the_last_good_state(options, tm
 HALF = ["--mixed_precision=fp16", "--grad_scale=13", "--max_grad_norm=inf"]
 
 
+@pytest.mark.slow
 def test_fp16_resumes_with_its_scale(options, tmp_path, monkeypatch):
     # A scale that overflows at first is float16's business: those steps move nothing and are not counted.
     half = [*options, *HALF]
