@@ -1,4 +1,4 @@
-"""Compile frozen models with torch.compile."""
+"""Compile the UNet with torch.compile."""
 
 import torch
 from torch import nn
@@ -9,13 +9,14 @@ from torch import nn
 MOST_VARIANTS = 64
 
 
-def compile_models(unet: nn.Module, decoder: nn.Module, backend: str = "inductor") -> None:
-    """Compile `unet` and the VAE's `decoder` in place, when they are first called with each size.
+def compile_unet(unet: nn.Module, backend: str = "inductor") -> None:
+    """Compile `unet` in place, when it is first called with each size; the result differs by rounding.
 
-    Their parameters, names and classes stay as they are. Compiled, the lean layers are torch's plain ones,
-    whose activations the compiler saves or recomputes as it sees fit. The results differ from those of the
-    models as they are by rounding.
+    Its parameters, names and classes stay as they are. Compiled, the lean layers are torch's plain ones: the
+    compiler chooses which activations to save.
+
+    The decoder must not be compiled: of a residual block, nearest upsampling and another residual block, as
+    diffusers has them, inductor makes a gradient that is zero (torch 2.13 on the CPU; the images are right).
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
-    for model in (unet, decoder):
-        model.compile(backend=backend, dynamic=False)
+    unet.compile(backend=backend, dynamic=False)

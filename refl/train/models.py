@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from refl.model import families, offload
-from refl.model.compile import compile_models
+from refl.model.compile import compile_unet
 from refl.model.conditioning import Conditioning
 from refl.model.guidance import predict
 from refl.model.lean import make_lean
@@ -91,7 +91,7 @@ def load_models(options: Options, device: torch.device, dtype: torch.dtype) -> M
         if options.gradient_checkpointing or options.low_memory:
             model.enable_gradient_checkpointing()
     if options.torch_compile:
-        compile_models(base.unet, base.vae.decoder)
+        compile_unet(base.unet)
     if options.low_memory:
         _offload(models, device)
     return models

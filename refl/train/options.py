@@ -132,7 +132,7 @@ class Options:
     allow_tf32: bool = False
     """Use TF32 for float32 matrix products and convolutions on Ampere and newer GPUs."""
     torch_compile: bool = False
-    """Compile UNet and decoder with torch.compile. Takes minutes at the start; results differ by rounding.
+    """Compile the UNet with torch.compile. Takes minutes at the start; results differ by rounding.
     Not measured on a GPU; on the CPU it is no faster."""
     seed: int = 0
     """Seed of the LoRA's initial values, prompts, noise and stop indices."""
