@@ -32,6 +32,7 @@ from refl.report.cases import Lora, Sample, find_cases, find_loras, list_samples
 from refl.report.results import DIVERSITY, REWARD, SATURATED, Results, compare, images_csv, prompts_csv
 from refl.reward import rewards
 from refl.system import devices
+from refl.system.distributed import is_peer_lost, process_group
 from refl.system.errors import UserError, run_as_command
 from refl.system.files import write_whole
 from refl.system.images import ImageWriter, save_image, to_tensor
@@ -80,6 +81,7 @@ class Options(drawing.LoraOptions, drawing.ImageOptions):
     """Folder of report.html, evaluation.json, images.csv, prompts.csv, grid.png and images/."""
 
 
+@process_group()
 def main() -> None:
     """Read the options, generate the missing images, score all images, compare the cases, report."""
     started = time.perf_counter()
@@ -203,7 +205,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistBackendError) and "gloo" not in str(error):
+        if not is_peer_lost(error):
             raise
         raise UserError(f"another process ended; see its message above.{RESUME}") from error
 

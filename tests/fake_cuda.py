@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
+from itertools import compress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,9 @@ def _waits_for_index(given: list[Tensor]) -> bool:
 def _where(function: object) -> str:
     """The operation, and the project's innermost line that leads to it."""
     frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(ROOT)] or frames
+    files = [Path(frame.filename) for frame in frames]  # an environment may lie inside the project
+    is_own = [file.is_relative_to(ROOT) and "site-packages" not in file.parts for file in files]
+    own = list(compress(frames, is_own)) or frames
     return f"{function}, {Path(own[-1].filename).name}:{own[-1].lineno}"
 
 
