@@ -151,12 +151,13 @@ def lora_gradient(
     """
     at_stop = latents, batch.plan.stop, batch.conditioning, models.guidance[1]
     losses, upstreams, regularisers = [], [upstream], {}
+    if noise_distance_weight:  # before the graph below exists
+        with phase("grad_step"), torch.no_grad(), lora_off(models.base.unet):
+            base_output = models.predict(*at_stop)
     with phase("grad_step"):
         output = models.predict(*at_stop)
         losses.append(models.schedule.predict_x0(latents, output, batch.plan.stop))
     if noise_distance_weight:  # ||eps - eps_base||^2, the distance to the base model's prediction
-        with phase("grad_step"), torch.no_grad(), lora_off(models.base.unet):
-            base_output = models.predict(*at_stop)
         distance = (output - base_output).square().mean()
         losses.append(scale(noise_distance_weight * distance))
         upstreams.append(None)
