@@ -50,4 +50,4 @@ def test_the_demo_learns_and_shows_it(copy):
 def test_another_length_is_refused_in_one_message(copy):
     run = run_script("bash", copy / "demo/run.sh")
     assert run.returncode == 2 and "max_train_steps: 80 -> 300" in run.stderr
-    assert run.stderr.strip().endswith("or go on all the same with --allow_changed_options.")
+    assert run.stderr.strip().endswith("or resume anyway with --allow_changed_options.")
