@@ -21,7 +21,7 @@ def copy(tmp_path_factory):
     return folder
 
 
-def test_the_demo_learns_and_shows_it(copy):
+def test_the_demo_learns_shows_it_and_refuses_another_length(copy):
     demo, steps = copy / "demo/run.sh", str(STEPS)
     run = run_script("bash", demo, "--max_train_steps", steps)
     assert run.returncode == 0, run.stderr
@@ -46,8 +46,7 @@ def test_the_demo_learns_and_shows_it(copy):
     card = (copy / "result/demo/refl_lora/README.md").read_text()
     assert "## Evaluation" in card and "before_after.png" in card
 
-
-def test_another_length_is_refused_in_one_message(copy):
-    run = run_script("bash", copy / "demo/run.sh")
-    assert run.returncode == 2 and "max_train_steps: 80 -> 300" in run.stderr
-    assert run.stderr.strip().endswith("or resume anyway with --allow_changed_options.")
+    # The same folder, another length: one message, and nothing is lost.
+    again = run_script("bash", demo)
+    assert again.returncode == 2 and f"max_train_steps: {STEPS} -> 300" in again.stderr
+    assert again.stderr.strip().endswith("or resume anyway with --allow_changed_options.")
