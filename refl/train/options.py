@@ -27,8 +27,8 @@ class Options:
     pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
     """Folder of the text-to-image model, in diffusers' layout."""
     reward: str = "imagereward"
-    """The reward to maximise: imagereward, your own function as module:function, or a weighted sum
-    such as imagereward:1.0,my_rewards:redness:0.5."""
+    """The reward to maximise: imagereward, your own function as module:function, or a weighted sum.
+    An example of a sum: imagereward:1.0,my_rewards:redness:0.5."""
     reward_path: str = "checkpoint"
     """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
     prompts: str = "data/train_prompts.txt"
@@ -78,8 +78,8 @@ class Options:
 
     # ReFL
     grad_scale: float = 0.01
-    """Factor on the loss. AdamW nearly cancels it: it matters only relative to --max_grad_norm,
-    --adam_epsilon and the weights of regularisers."""
+    """Factor on the loss. AdamW nearly cancels it.
+    It matters only relative to --max_grad_norm, --adam_epsilon and the weights of regularisers."""
     reward_target: float | Literal["default"] | None = "default"
     """Images whose reward (the weighted sum) exceeds this get no gradient; None: no limit.
     default: the reward's own, 2.0 for ImageReward as published."""
@@ -125,8 +125,8 @@ class Options:
     decode_batch_size: int = 1
     """Images decoded and scored at once; must divide --train_batch_size. More need more memory."""
     low_memory: bool = False
-    """Fit small GPUs (8 GB suffice at 512 pixels in any precision) at the cost of time: recompute
-    activations, decode one image at a time, keep each frozen model on the GPU only while it is used."""
+    """Fit small GPUs at the cost of time; 8 GB suffice at 512 pixels in any precision.
+    Recomputes activations, decodes one by one, keeps each frozen model on the GPU only while it is used."""
     rollout_batch_size: int = 8
     """Images rolled out at once, across micro-steps; more use a large GPU better."""
     allow_tf32: bool = False
