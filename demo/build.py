@@ -11,8 +11,11 @@ import math
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -39,8 +44,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from refl.model.conditioning import Conditioning
+from refl.model.guidance import predict
+from refl.model.noise_schedule import NoiseSchedule
 from refl.model.pipeline import generate, load_pipeline
-from refl.model.stable_diffusion import decode
+from refl.model.stable_diffusion import StableDiffusion, decode
 from refl.report.sheets import grid
 from refl.reward import imagereward
 from refl.system.images import save_image
@@ -49,6 +57,7 @@ import judge
 import world
 
 POOL = 24_000  # drawn images on which the autoencoder and the base model are trained
+SPOILT = 0.6  # share of them with spatter
 WORDS = sorted({word for caption in world.every_caption() for word in caption.split()})
 SCHEDULER = {  # Stable Diffusion 1.4's
     "_class_name": "PNDMScheduler",
@@ -62,6 +71,7 @@ SCHEDULER = {  # Stable Diffusion 1.4's
     "steps_offset": 1,
     "trained_betas": None,
 }
+SAMPLING_STEPS = 20
 EMA_DECAY = 0.998
 SAVE_SECONDS = 60
 
@@ -169,14 +179,13 @@ class Builder:
         rng = self.rng(0)
         specs = world.random_specs(rng, POOL)
         geometry = world.random_geometry(rng, POOL)
-        chunks = range(0, POOL, 1000)
-        return specs, np.concatenate(
-            [world.draw(specs[i : i + 1000], geometry[i : i + 1000]) for i in chunks]
-        )
+        spatter = world.random_spatter(rng, POOL, SPOILT)
+        parts = zip(*(np.split(array, POOL // 1000) for array in (specs, geometry, spatter)), strict=True)
+        return specs, np.concatenate([world.draw(*part) for part in parts])
 
-    def shares(self, pool: "BlendPool", chosen: np.ndarray) -> Tensor:
-        """Weight of the right image in each of the two blends of `chosen` rows, (N, 2, 1, 1, 1)."""
-        return torch.from_numpy(pool.weight[chosen]).to(self.device)[:, :, None, None, None]
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Convert an array to a tensor on the device."""
+        return torch.from_numpy(array).to(self.device)
 
     def to_tensor(self, images: np.ndarray) -> Tensor:
         """Convert (N, H, W, 3) uint8 to (N, 3, H, W) in [0, 1]."""
@@ -257,6 +266,7 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 CLIP_TOKENS = 20
 NO_CAPTION = 0.08  # share of empty captions, for guidance
+WRONG_WORDS = (0.20, 0.15, 0.05)  # share of captions that name another colour, shape, background
 
 
 def write_clip_tokenizer(folder: Path) -> None:
@@ -328,15 +338,8 @@ def train_base(
     base: nn.ModuleDict,
     tokenizer: CLIPTokenizer,
     vae: AutoencoderKL,
-    stage: str,
-    wrong_words: dict[str, float],
-    steps: int,
-    learning_rate: float,
 ) -> None:
-    """Train the base model to denoise, on partly wrong captions, so that ReFL has something to improve.
-
-    `wrong_words` maps each attribute to the share of captions in which another word replaces its own.
-    """
+    """Train the base model to denoise images of which many are spoilt and many captions partly wrong."""
 
     @cache
     def latents() -> Tensor:
@@ -351,7 +354,7 @@ def train_base(
 
     def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         chosen = rng.integers(POOL, size=32)
-        wrong = rng.random((len(chosen), 3)) < list(wrong_words.values())
+        wrong = rng.random((len(chosen), 3)) < WRONG_WORDS
         step = wrong * (1 + rng.integers(sizes - 1, size=wrong.shape))  # to any other value
         captioned = (builder.drawn_pool[0][chosen] + step) % sizes  # specs, as their captions state them
         template = rng.integers(len(world.TEMPLATES), size=len(captioned))
@@ -367,12 +370,14 @@ def train_base(
         value = (error * (snr[timestep].clamp(max=5) / snr[timestep])).mean()  # min-SNR (Hang et al. 2023)
         return value, {"loss": value.detach(), "mse": error.mean().detach()}
 
-    builder.train(stage, base, loss, steps, learning_rate)
+    builder.train("base", base, loss, steps=6500, learning_rate=2e-3)
 
 
 # ----------------------------------------------------------------------------------------------------- reward
 
 
+RATED_STOPS = (6, 18)  # denoising steps whose predicted x0 are rated, of SAMPLING_STEPS
+RATED_GUIDANCES = (1.0, 2.0, 3.0, 5.0)
 BERT_VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
 
 
@@ -421,28 +426,16 @@ def new_reward(builder: Builder) -> imagereward.ImageReward:
     )
 
 
-class BlendPool:
-    """Pairs of blends between two specs that differ in one attribute, at the same place and size.
+def neighbours() -> np.ndarray:
+    """Specs that differ from each of `SPECS` in one attribute, (96, 3, 5, 3), only those of training prompts.
 
-    `right` and `wrong` are specs (N, 3), `attribute` (N,) is the index in which they differ, and `weight`
-    (N, 2) is the weight of the right image in each of the two blends, 1 in a third of them.
+    A caption that appears as a wrong one only would be learned as wrong. Lists are repeated to length 5.
     """
-
-    def __init__(self, rng: np.random.Generator, count: int):
-        self.right = world.random_specs(rng, count)
-        self.geometry = world.random_geometry(rng, count)
-        self.attribute = rng.integers(3, size=count)
-        sizes = np.array([len(values) for values in world.ATTRIBUTES.values()])
-        rows = np.arange(count)
-        self.wrong = self.right.copy()
-        self.wrong[rows, self.attribute] += 1 + rng.integers(sizes[self.attribute] - 1)
-        self.wrong %= sizes
-        self.weight = np.where(rng.random((count, 2)) < 1 / 3, 1.0, rng.random((count, 2))).astype(np.float32)
-
-    def draw(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Draw the images of `chosen` rows without blending, right and wrong, each (N, 64, 64, 3) uint8."""
-        geometry = self.geometry[chosen]
-        return world.draw(self.right[chosen], geometry), world.draw(self.wrong[chosen], geometry)
+    rows = []
+    for spec in world.SPECS:
+        others = [[s.indices for s in spec.changed(a) if not s.held_out] for a in world.ATTRIBUTES]
+        rows.append([list(islice(cycle(values), 5)) for values in others])
+    return np.array(rows)
 
 
 class RewardTrainer(nn.Module):
@@ -452,192 +445,259 @@ class RewardTrainer(nn.Module):
         super().__init__()
         self.reward = reward
         self.words = nn.Linear(reward.text.config.hidden_size, reward.text.config.vocab_size)
+        self.fits = nn.Linear(reward.vision.config.hidden_size, 15)  # as the annotator's
         tokens = reward.tokenizer(world.every_caption(), padding=True, return_tensors="pt")
         shape = (len(world.SPECS), len(world.TEMPLATES), -1)
         self.register_buffer("ids", tokens.input_ids.view(shape), persistent=False)
         self.register_buffer("mask", tokens.attention_mask.view(shape), persistent=False)
-        word_ids = [reward.tokenizer.convert_tokens_to_ids(list(v)) for v in world.ATTRIBUTES.values()]
-        width = max(map(len, word_ids))
-        padded = [ids + [0] * (width - len(ids)) for ids in word_ids]
-        self.register_buffer("word_ids", torch.tensor(padded), persistent=False)  # (3, 6)
+        values = [value for values in world.ATTRIBUTES.values() for value in values]
+        ids = torch.tensor(reward.tokenizer.convert_tokens_to_ids(values))
+        self.register_buffer("attribute_ids", ids, persistent=False)
 
-    def loss(
-        self,
-        images: Tensor,
-        right: Tensor,
-        wrong: Tensor,
-        attribute: Tensor,
-        weight: Tensor,
-        template: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of N pairs of blends, and the values to show.
+    def see(self, images: Tensor) -> Tensor:
+        """Features (N, P, width) of images (N, 3, H, W) in [0, 1]."""
+        return self.reward.vision(imagereward.preprocess(images, self.reward.image_size)).last_hidden_state
 
-        images (N, 2, 3, H, W) in [0, 1]; right (N, 3) and wrong (N, 3, 3) specs, each wrong one with another
-        attribute changed; attribute (N,) the one that is blended, weight (N, 2) of the right image; template
-        (N,) the phrasing.
-        """
-        count = len(right)
-        pixels = imagereward.preprocess(images.flatten(0, 1), self.reward.image_size)
-        vision = self.reward.vision(pixels).last_hidden_state.view(count, 2, 1, -1, 64)
-        captions = torch.cat([right[:, None], wrong], dim=1)  # (N, 4, 3)
-        number = captions[..., 0] * len(world.SHAPES) + captions[..., 1]
-        number = number * len(world.BACKGROUNDS) + captions[..., 2]
-        ids, mask = self.ids[number, template[:, None]], self.mask[number, template[:, None]]  # (N, 4, T)
-        hidden = self._read(ids[:, None].expand(-1, 2, -1, -1), mask[:, None].expand(-1, 2, -1, -1), vision)
-        scores = self.reward.head(hidden[..., 0, :]).squeeze(-1)  # (N, 2, 4)
-
-        share = torch.ones(count, 2, 3, device=weight.device)  # of each attribute's right value in the blend
-        share[torch.arange(count), :, attribute] = weight
-        rank = F.binary_cross_entropy_with_logits(scores[..., :1] - scores[..., 1:], share * 0.96 + 0.02)
-        # One caption, two blends: the one with the larger weight is better.
-        contrast = F.binary_cross_entropy_with_logits(
-            2 * (scores[:, 0, 0] - scores[:, 1, 0]), 0.5 + 0.48 * (weight[:, 0] - weight[:, 1])
-        )
-        word = self._word_loss(ids[:, :1], mask[:, :1], vision, right, wrong, share.transpose(1, 2))
-        clear = (weight == 1)[:, :, None].expand(-1, -1, 3)
-        correct = ((scores[..., :1] > scores[..., 1:]) & clear).sum((0, 1)) / clear.sum((0, 1))
-        shown = {"rank": rank, "contrast": contrast, "word": word}
-        shown |= dict(zip(world.ATTRIBUTES, correct, strict=True))
-        return rank + 0.5 * contrast + word, {name: value.detach() for name, value in shown.items()}
-
-    def _word_loss(
-        self, ids: Tensor, mask: Tensor, vision: Tensor, right: Tensor, wrong: Tensor, share: Tensor
-    ) -> Tensor:
-        """Cross-entropy of the masked words of the right captions (N, 1, T).
-
-        The targets are the right and the wrong value of each attribute, weighted by `share` (N, 3, 2).
-        """
-        count = len(right)
-        targets = self.word_ids[torch.arange(3), right]  # (N, 3)
-        hide = (ids[..., None] == targets[:, None, None]).any(-1)  # (N, 1, T)
-        hidden = self._read(
-            ids[:, None]
-            .masked_fill(hide[:, None], self.reward.tokenizer.mask_token_id)
-            .expand(-1, 2, -1, -1),
-            mask[:, None].expand(-1, 2, -1, -1),
-            vision,
-        )  # (N, 2, 1, T, width)
-        log_probs = F.log_softmax(self.words(hidden[:, :, 0]), dim=-1)  # (N, 2, T, vocabulary)
-        place = (ids[:, 0, None] == targets[..., None]).int().argmax(-1)  # (N, 3), positions of the words
-        at = log_probs[torch.arange(count)[:, None], :, place]  # (N, 3, 2, vocabulary)
-        right_word = at.gather(-1, targets[:, :, None, None].expand(-1, -1, 2, 1)).squeeze(-1)  # (N, 3, 2)
-        changed = torch.diagonal(wrong, dim1=1, dim2=2)  # (N, 3), the wrong value of each attribute
-        other = self.word_ids[torch.arange(3), changed]
-        wrong_word = at.gather(-1, other[:, :, None, None].expand(-1, -1, 2, 1)).squeeze(-1)
-        return -(share * right_word + (1 - share) * wrong_word).mean()
-
-    def _read(self, ids: Tensor, mask: Tensor, vision: Tensor) -> Tensor:
-        """Encode captions (N, 2, C, T) with attention to images (N, 2, 1, P, width): (N, 2, C, T, width)."""
-        shape = ids.shape
+    def read(self, ids: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        """Encode C captions of T tokens for each image, (N, C, T), with attention to it: (N, C, T, width)."""
         hidden = self.reward.text(
-            input_ids=ids.reshape(-1, shape[-1]),
-            attention_mask=mask.reshape(-1, shape[-1]),
-            encoder_hidden_states=vision.expand(-1, -1, shape[2], -1, -1).flatten(0, 2),
+            input_ids=ids.flatten(0, 1),
+            attention_mask=mask.flatten(0, 1),
+            encoder_hidden_states=features.repeat_interleave(ids.shape[1], dim=0),
         ).last_hidden_state
-        return hidden.view(*shape, -1)
+        return hidden.unflatten(0, ids.shape[:2])
+
+    def scores(self, features: Tensor, numbers: Tensor, templates: Tensor) -> Tensor:
+        """Score images for captions of specs `numbers` (N, C) in phrasings `templates` (N,): (N, C)."""
+        ids, mask = self.ids[numbers, templates[:, None]], self.mask[numbers, templates[:, None]]
+        return self.reward.head(self.read(ids, mask, features)[:, :, 0]).squeeze(-1)
+
+    def word_loss(self, features: Tensor, numbers: Tensor, templates: Tensor) -> Tensor:
+        """Cross-entropy of the masked words that name the attributes, of specs `numbers` (N,)."""
+        ids, mask = self.ids[numbers, templates][:, None], self.mask[numbers, templates][:, None]
+        hidden = torch.isin(ids, self.attribute_ids)
+        masked = ids.masked_fill(hidden, self.reward.tokenizer.mask_token_id)
+        return F.cross_entropy(self.words(self.read(masked, mask, features))[hidden], ids[hidden])
 
 
-def batch(builder: Builder, pool: BlendPool, chosen: np.ndarray, rng: np.random.Generator) -> list[Tensor]:
-    """Return the arguments of `RewardTrainer.loss` after the images, for `chosen` rows."""
-    sizes = np.array([len(values) for values in world.ATTRIBUTES.values()])
-    right = pool.right[chosen]
-    wrong = np.repeat(right[:, None], 3, axis=1)  # (N, 3, 3): one attribute changed each
-    wrong[:, range(3), range(3)] = (right + 1 + rng.integers(sizes - 1, size=right.shape)) % sizes
-    attribute = pool.attribute[chosen]
-    wrong[np.arange(len(chosen)), attribute] = pool.wrong[chosen]
-    template = rng.integers(len(world.TEMPLATES), size=len(chosen))
-    arrays = (right, wrong, attribute, pool.weight[chosen], template)
-    return [torch.from_numpy(array).to(builder.device) for array in arrays]
+def training_rows(specs: np.ndarray) -> np.ndarray:
+    """Rows of `specs` (N, 3) that are not held out; the reward sees no others."""
+    return np.array([row for row, n in enumerate(world.spec_number(specs)) if not world.SPECS[n].held_out])
 
 
-def train_reward(
-    builder: Builder,
-    stage: str,
-    trainer: RewardTrainer,
-    images_of: Callable[[np.ndarray], Tensor],
-    pool: BlendPool,
-    steps: int,
-    learning_rate: float,
-) -> None:
-    """Train on a pool of blends; `images_of(rows)` returns their images, (N, 2, 3, H, W) in [0, 1]."""
+class VisionTrainer(nn.Module):
+    """The vision tower with heads that name what an image shows and say where."""
 
-    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = rng.integers(len(pool.right), size=32)
-        return trainer.loss(images_of(chosen), *batch(builder, pool, chosen, rng))
+    CELLS = 4  # a side, in each patch
 
-    builder.train(stage, trainer, loss, steps, learning_rate)
+    def __init__(self, vision: nn.Module):
+        super().__init__()
+        width = vision.config.hidden_size
+        self.vision = vision
+        self.names = nn.ModuleList(nn.Linear(width, len(values)) for values in world.ATTRIBUTES.values())
+        self.outline = nn.Linear(width, self.CELLS**2)  # which cells of a patch are not background
 
-
-def train_reward_drawn(builder: Builder, trainer: RewardTrainer) -> None:
-    """Train the reward on drawings, blended as pixels."""
-    pool = BlendPool(builder.rng(1), 12_000)
-
-    def images_of(chosen: np.ndarray) -> Tensor:
-        right, wrong = (builder.to_tensor(drawn)[:, None] for drawn in pool.draw(chosen))
-        return wrong + builder.shares(pool, chosen) * (right - wrong)
-
-    train_reward(builder, "reward_drawn", trainer, images_of, pool, steps=2500, learning_rate=1e-3)
+    def forward(self, images: Tensor, specs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the losses of naming (3,) and of outlining images (N, 3, H, W) of specs (N, 3)."""
+        pixels = imagereward.preprocess(images, self.vision.config.image_size)
+        patches = self.vision(pixels).last_hidden_state[:, 1:]  # (N, P, width)
+        named = [head(patches.mean(1)) for head in self.names]
+        naming = [F.cross_entropy(logits, specs[:, index]) for index, logits in enumerate(named)]
+        palette = torch.from_numpy(world.BACKGROUND_PALETTE / 255).to(images)
+        covered = (images - palette[specs[:, 2], :, None, None]).norm(dim=1, keepdim=True) > 0.3
+        cell = self.vision.config.patch_size // self.CELLS
+        cells = F.pixel_unshuffle(F.avg_pool2d(covered.float(), cell), self.CELLS)  # (N, CELLS^2, h, w)
+        outlined = self.outline(patches).transpose(1, 2)
+        return torch.stack(naming), F.binary_cross_entropy_with_logits(outlined, cells.flatten(2))
 
 
-def train_reward_decoded(builder: Builder, trainer: RewardTrainer, vae: AutoencoderKL) -> None:
-    """Continue on reconstructions, blended as latents, which are closer to the images that ReFL scores."""
-    pool = BlendPool(builder.rng(2), 6_000)
-
-    @cache
-    def decoded() -> Tensor:
-        images = torch.empty(len(pool.right), 2, 3, world.SIZE, world.SIZE, dtype=torch.uint8)
-        for start in tqdm(range(0, len(images), 32), desc="blends", mininterval=5):
-            chosen = np.arange(start, min(start + 32, len(images)))
-            right, wrong = (encode(vae, builder.to_tensor(drawn))[:, None] for drawn in pool.draw(chosen))
-            latents = wrong + builder.shares(pool, chosen) * (right - wrong)  # (N, 2, 4, 8, 8)
-            pixels = decode(vae, latents.flatten(0, 1)) * 255
-            images[chosen] = pixels.round().clamp(0, 255).byte().unflatten(0, (-1, 2)).cpu()
-        return images
-
-    def images_of(chosen: np.ndarray) -> Tensor:
-        return decoded()[chosen].to(builder.device) / 255
-
-    train_reward(builder, "reward", trainer, images_of, pool, steps=1500, learning_rate=5e-4)
-
-
-def train_reward_robust(builder: Builder, trainer: RewardTrainer, vae: AutoencoderKL) -> None:
-    """Continue with broken images as bad examples; otherwise ReFL soon reaches nonsense that scores well."""
-    pool = BlendPool(builder.rng(8), 6_000)
-
-    def broken(latents: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Add blotches to latents (N, 4, 8, 8), patches to half of them; also return their badness (N,)."""
-        coarse = torch.randn(len(latents), 1, 3, 3, device=latents.device)
-        patch = F.interpolate(coarse, latents.shape[-2:], mode="bilinear") > 0
-        patch[::2] = False
-        badness = 0.3 + 1.7 * torch.rand(len(latents), device=latents.device)
-        grain = int(rng.choice([1, 2, 3, 4, 8]))
-        blotches = torch.randn(*latents.shape[:2], grain, grain, device=latents.device)
-        blotches = F.interpolate(blotches, latents.shape[-2:], mode="bicubic") * badness.view(-1, 1, 1, 1)
-        return torch.where(patch, latents.roll(1, 0), latents) + blotches, badness
+def train_vision(builder: Builder, trainer: VisionTrainer) -> None:
+    """Teach the vision tower to see; captions alone do not teach a small one circles and squares."""
+    specs, images = builder.drawn_pool
+    rows = training_rows(specs)
 
     def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = rng.integers(len(pool.right), size=24)
-        with torch.no_grad():
-            right, wrong = (encode(vae, builder.to_tensor(drawn))[:, None] for drawn in pool.draw(chosen))
-            latents = wrong + builder.shares(pool, chosen) * (right - wrong)  # (N, 2, 4, 8, 8)
-            bad, badness = broken(right[:, 0], rng)
-            images = decode(vae, torch.cat([latents, bad[:, None]], 1).flatten(0, 1)).clamp(0, 1)
-        images = images.unflatten(0, (-1, 3))
-        value, shown = trainer.loss(images[:, :2], *batch(builder, pool, chosen, rng))
-        template = rng.integers(len(world.TEMPLATES))
-        captions = [world.SPECS[number].caption(template) for number in world.spec_number(pool.right[chosen])]
-        scores = trainer.reward(images[:, [0, 2]].flatten(0, 1), np.repeat(captions, 2).tolist()).view(-1, 2)
-        share = torch.from_numpy(pool.weight[chosen, 0]).to(builder.device)
-        lead = scores[:, 0] - scores[:, 1]
-        robust = F.softplus(2 * badness * (0.5 + share) - lead).mean()
-        return value + 0.5 * robust, shown | {"robust": robust.detach(), "lead": lead.mean().detach()}
+        chosen = rng.choice(rows, size=32)
+        pixels = builder.to_tensor(images[chosen])
+        noisy = pixels + 0.05 * torch.randn_like(pixels)
+        naming, outlining = trainer(noisy, builder.to_device(specs[chosen]))
+        shown = dict(zip(world.ATTRIBUTES, naming.detach(), strict=True))
+        return naming.sum() + 2 * outlining, shown | {"outline": outlining.detach()}
 
-    builder.train("reward_robust", trainer, loss, steps=300, learning_rate=5e-4)
+    builder.train("vision", trainer, loss, steps=2500, learning_rate=2e-3)
+
+
+def train_reward_words(builder: Builder, trainer: RewardTrainer) -> None:
+    """Teach the reward to match captions and drawings, as BLIP was trained before ImageReward."""
+    specs, images = builder.drawn_pool
+    rows = training_rows(specs)
+    wrong_captions = neighbours()
+
+    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen = rng.choice(rows, size=32)
+        right = world.spec_number(specs[chosen])
+        picked = wrong_captions[right[:, None], range(3), rng.integers(5, size=(len(right), 3))]  # (N, 3, 3)
+        numbers = np.concatenate([right[:, None], world.spec_number(picked)], axis=1)
+        numbers, right = builder.to_device(numbers), builder.to_device(right)
+        templates = builder.to_device(rng.integers(len(world.TEMPLATES), size=len(chosen)))
+        pixels = builder.to_tensor(images[chosen])
+        features = trainer.see(pixels + 0.05 * torch.randn_like(pixels))
+        scores = trainer.scores(features, numbers, templates)
+        rank = F.softplus(scores[:, 1:] - scores[:, :1]).mean()
+        word = trainer.word_loss(features, right, templates)
+        correct = (scores[:, :1] > scores[:, 1:]).float().mean(0)
+        shown = {"rank": rank.detach(), "word": word.detach()}
+        return rank + word, shown | dict(zip(world.ATTRIBUTES, correct, strict=True))
+
+    builder.train("reward_words", trainer, loss, steps=500, learning_rate=1e-3)
+
+
+@dataclass
+class Samples:
+    """Images of the base model for S specs, M for each, and the annotator's ratings and fits."""
+
+    numbers: np.ndarray  # (S,), indices of the specs
+    images: Tensor  # (S, M, 64, 64, 3) uint8
+    ratings: Tensor  # (S, M, 96), for every spec
+    fits: Tensor  # (S, M, 15)
+
+    @property
+    def own_ratings(self) -> Tensor:
+        """Ratings (S, M) for the spec of which each image is a sample; above 3.5 if all is right."""
+        return self.ratings[torch.arange(len(self.numbers)), :, torch.from_numpy(self.numbers)]
+
+
+def annotate(images: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return the annotator's ratings (..., 96) and fits (..., 15) of images (..., 64, 64, 3) uint8."""
+    rated = [judge.rate(image) for image in images.reshape(-1, *images.shape[-3:])]
+    ratings, fits = (torch.from_numpy(np.stack(parts)).float() for parts in zip(*rated, strict=True))
+    return ratings.view(*images.shape[:-3], -1), fits.view(*images.shape[:-3], -1)
+
+
+@torch.no_grad()
+def roll_out(model: StableDiffusion, captions: list[str], guidance_scale: float, seed: int) -> np.ndarray:
+    """Two predicted x0 of a rollout of each caption and its final image, (N, 3, 64, 64, 3) uint8."""
+    device = model.unet.device
+    schedule = NoiseSchedule(SCHEDULER, SAMPLING_STEPS, device)
+    *prompts, empty = model.encode_prompts([*captions, ""])
+    conditioning = Conditioning.stack(prompts, empty)
+    torch.manual_seed(seed)
+    early, late = np.random.default_rng(seed).choice(np.arange(*RATED_STOPS), size=2, replace=False)
+    latents = torch.randn(len(captions), *model.latent_shape(world.SIZE), device=device)
+    images = []
+    for index, timestep in enumerate(schedule.timesteps):
+        output = predict(model, latents, timestep, conditioning, guidance_scale)
+        x0 = schedule.predict_x0(latents, output, index)
+        if index in (early, late, SAMPLING_STEPS - 1):
+            images.append(to_arrays(model.decode(x0)))
+        latents = schedule.step(latents, x0, index, torch.randn_like(latents))
+    return np.stack(images, axis=1)
+
+
+def rated_samples(builder: Builder, model: StableDiffusion, held_out: bool) -> Samples:
+    """Draw and annotate samples of the specs held out or of the others, in every phrasing and guidance."""
+    numbers = np.array([i for i, spec in enumerate(world.SPECS) if spec.held_out == held_out])
+    captions = [world.SPECS[n].caption(t) for n in numbers for t in range(len(world.TEMPLATES))]
+    path = builder.work_dir / f"samples_{'held_out' if held_out else 'training'}.safetensors"
+    if not path.exists():
+        seed = builder.seed + (2 if held_out else 1) * 10**6
+        starts = range(0, len(captions), 64)
+        batches = [(scale, captions[start : start + 64]) for scale in RATED_GUIDANCES for start in starts]
+        drawn = [
+            roll_out(model, part, scale, seed + number)
+            for number, (scale, part) in enumerate(tqdm(batches, desc=path.stem, mininterval=5))
+        ]
+        images = np.concatenate(drawn).reshape(len(RATED_GUIDANCES), len(captions), -1, *drawn[0].shape[2:])
+        images = images.swapaxes(0, 1).reshape(len(numbers), -1, *images.shape[3:])
+        ratings, fits = annotate(images)
+        save_file({"images": torch.from_numpy(images), "ratings": ratings, "fits": fits}, path)
+    return Samples(numbers, **load_file(path))
+
+
+CLIMBERS = 2  # for each spec
+CLIMB = 25  # steps on average
+CLIMB_STEP = 0.1  # root mean square of a step, in units of the latents' standard deviation
+
+
+def climb(
+    vae: AutoencoderKL, reward: imagereward.ImageReward, latents: Tensor, captions: list[str]
+) -> tuple[Tensor, np.ndarray]:
+    """Move latents (N, 4, 8, 8) a step along the reward's gradient; also return the images before it."""
+    latents = latents.detach().requires_grad_()
+    images = decode(vae, latents)
+    (gradient,) = torch.autograd.grad(reward(images.clamp(0, 1), captions).sum(), latents)
+    norm = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
+    moved = latents + CLIMB_STEP * gradient / norm.clamp(min=1e-12)
+    return moved.detach(), to_arrays(images.detach())
+
+
+def train_reward(builder: Builder, trainer: RewardTrainer, vae: AutoencoderKL, samples: Samples) -> None:
+    """Teach the reward the annotator's ranking of the base model's samples, as ImageReward was.
+
+    The loss is Bradley and Terry's on pairs of images of one caption and pairs of captions of one image, with
+    the ratings' difference as the log-odds. The vision tower also predicts the annotator's fits. Some of the
+    images are not samples: they climb the reward's gradient while it is trained, so that the annotator sees
+    what the reward is wrong about. After `CLIMB` steps on average such an image starts anew from a sample.
+    """
+    wrong_captions = neighbours()
+    num_images = samples.images.shape[1]
+
+    def encoded(spec: int, rng: np.random.Generator) -> Tensor:
+        images = samples.images[spec, rng.choice(num_images, size=CLIMBERS, replace=False)]
+        return encode(vae, builder.to_tensor(images.numpy()))
+
+    rng = builder.rng(10)
+    climbers = torch.stack([encoded(spec, rng) for spec in range(len(samples.numbers))])  # (S, K, 4, 8, 8)
+    trainer.register_buffer("climbers", climbers)  # and so part of the saved state
+
+    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        specs = rng.choice(len(samples.numbers), size=12, replace=False)
+        rows = np.stack([rng.choice(num_images, size=4, replace=False) for _ in specs])
+        right = samples.numbers[specs, None]
+        templates = rng.integers(len(world.TEMPLATES), size=len(specs))
+
+        captions = [world.SPECS[n].caption(t) for n, t in zip(right[:, 0], templates, strict=True)]
+        captions = [caption for caption in captions for _ in range(CLIMBERS)]
+        moved, climbed = climb(vae, trainer.reward, trainer.climbers[specs].flatten(0, 1), captions)
+        trainer.climbers[specs] = moved.unflatten(0, (len(specs), CLIMBERS))
+        for spec in specs[rng.random(len(specs)) < 1 / CLIMB]:
+            trainer.climbers[spec] = encoded(spec, rng)
+        climbed = climbed.reshape(len(specs), CLIMBERS, *climbed.shape[1:])
+        images = torch.cat([samples.images[specs[:, None], rows], torch.from_numpy(climbed)], dim=1)
+        ratings, fits = (
+            torch.cat([known[specs[:, None], rows], new], dim=1).to(builder.device)
+            for known, new in zip((samples.ratings, samples.fits), annotate(climbed), strict=True)
+        )  # (S, M, 96), (S, M, 15)
+
+        attributes = np.stack([rng.choice(3, size=2, replace=False) for _ in specs])
+        wrong = world.spec_number(wrong_captions[right, attributes, rng.integers(5, size=attributes.shape)])
+        numbers = builder.to_device(np.concatenate([right, wrong], axis=1))  # (S, C)
+        ratings = ratings.gather(-1, numbers[:, None].expand(-1, images.shape[1], -1))  # (S, M, C)
+        numbers, templates = (
+            each.repeat_interleave(images.shape[1], dim=0) for each in (numbers, builder.to_device(templates))
+        )
+        pixels = images.flatten(0, 1).permute(0, 3, 1, 2).to(builder.device) / 255
+        features = trainer.see(pixels + 0.03 * torch.randn_like(pixels))
+        scores = trainer.scores(features, numbers, templates).view_as(ratings)
+        rank = bradley_terry(scores, ratings, dim=1) + bradley_terry(scores, ratings, dim=2)
+        fit = F.binary_cross_entropy_with_logits(trainer.fits(features[:, 1:].mean(1)), fits.flatten(0, 1))
+        shown = {"rank": rank, "fit": fit, "climbers": ratings[:, -CLIMBERS:, 0].mean()}
+        return rank + 2 * fit, {name: value.detach() for name, value in shown.items()}
+
+    builder.train("reward", trainer, loss, steps=1500, learning_rate=1e-3)
+
+
+def bradley_terry(scores: Tensor, ratings: Tensor, dim: int) -> Tensor:
+    """Cross-entropy of preferences along `dim`: P(i is better than j) = sigmoid(score_i - score_j)."""
+    first, second = torch.triu_indices(scores.shape[dim], scores.shape[dim], offset=1, device=scores.device)
+    lead = scores.index_select(dim, first) - scores.index_select(dim, second)
+    better = ratings.index_select(dim, first) - ratings.index_select(dim, second)
+    return F.binary_cross_entropy_with_logits(lead, (2 * better).sigmoid())
 
 
 # -------------------------------------------------------------------------------------- files and measurement
 
-SAMPLING_STEPS = 20
+SHOWN_GUIDANCE = 5.0  # in samples.png
 SD_FOLDER = "stable-diffusion-v1-4"
 
 
@@ -743,7 +803,7 @@ def to_arrays(images: Tensor) -> np.ndarray:
 
 def report(builder: Builder, out: Path) -> None:
     """Measure the files in `out`; write `demo/build_report.json` and `demo/samples.png`."""
-    parts = load_pipeline(out / SD_FOLDER, "ddpm", torch.float32, builder.device)
+    pipeline = load_pipeline(out / SD_FOLDER, "ddpm", torch.float32, builder.device)
     reward = imagereward.load(out, builder.device)
     prompts = (ROOT / "demo/prompts/held_out.txt").read_text().splitlines()
 
@@ -751,30 +811,31 @@ def report(builder: Builder, out: Path) -> None:
     specs = world.random_specs(rng, 1000)
     drawn = world.draw(specs, world.random_geometry(rng, len(specs)))
     captions = [world.SPECS[number].caption(0) for number in world.spec_number(specs)]
-    decoded = to_arrays(reconstruct(builder, parts.vae, drawn))
-    results = {"reconstructions": means(judge.grade(decoded, captions))}
+    decoded = to_arrays(reconstruct(builder, pipeline.vae, drawn))
+    results = {"reconstructions": grades(decoded, captions), "base": {}}
+    for guidance_scale in (1.0, 2.0, 3.0, 5.0, 7.5):
+        images = sample(builder, out, prompts * 2, seed=0, guidance_scale=guidance_scale)
+        scores = score(reward, images, prompts * 2)
+        results["base"][f"guidance {guidance_scale:g}"] = grades(to_arrays(images), prompts * 2) | {
+            "reward": scores.mean().item(),
+            "reward_std": scores.std().item(),
+        }
+        if guidance_scale == SHOWN_GUIDANCE:
+            draw_samples(ROOT / "demo/samples.png", drawn, decoded, to_arrays(images), prompts)
 
-    for name, guidance_scale in (("base", 1.0), ("base_guidance_3", 3.0)):
-        runs = [
-            sample(builder, out, prompts, seed=1000 * run, guidance_scale=guidance_scale) for run in range(3)
-        ]
-        images = torch.cat(runs)
-        arrays = to_arrays(images)
-        if name == "base":
-            draw_samples(ROOT / "demo/samples.png", drawn, decoded, arrays, prompts)
-        results[name] = means(judge.grade(arrays, prompts * 3))
-        results[name]["unreadable"] = np.mean([None in vars(judge.judge(array)).values() for array in arrays])
-        scores = score(reward, images, prompts * 3)
-        results[name] |= {"reward_mean": scores.mean().item(), "reward_std": scores.std().item()}
-
-    results["reward_pairwise"] = reward_accuracy(builder, parts.vae, reward)
-    results["reward_along_blends"] = reward_along_blends(builder, parts.vae, reward)
-    states = {
-        path.stem: torch.load(path, weights_only=True) for path in sorted(builder.work_dir.glob("*.pt"))
-    }
+    samples = rated_samples(
+        builder,
+        StableDiffusion(pipeline.vae, pipeline.unet, pipeline.tokenizer, pipeline.text_encoder),
+        held_out=True,
+    )
+    results["reward_agreement"] = agreement(reward, samples)
+    results["reward_pairwise"] = reward_accuracy(builder, pipeline.vae, reward)
+    results["reward_ascent"] = ascent(builder, pipeline.vae, reward, samples)
+    states = {path.stem: torch.load(path, weights_only=True) for path in builder.work_dir.glob("*.pt")}
     results["training"] = {
-        name: {"steps": state["step"], "minutes": round(state["seconds"] / 60, 1)}
-        for name, state in states.items()
+        stage: {"steps": states[stage]["step"], "minutes": round(states[stage]["seconds"] / 60, 1)}
+        for stage in STAGES
+        if stage in states
     }
     rounded = json.loads(json.dumps(results), parse_float=lambda number: round(float(number), 3))
     text = json.dumps(rounded, indent=2)
@@ -798,14 +859,15 @@ def reward_accuracy(
 ) -> dict[str, dict[str, float]]:
     """Return how often the right one of two wins, by the attribute that is wrong in the other.
 
-    "captions": one image, right and wrong caption. "images": one caption, right and wrong image. Uses the
-    held-out specs, in two places each and in every phrasing.
+    "captions": one image, right and wrong caption. "images": one caption, right and wrong image; the wrong
+    one for "clean" is spoilt. Uses the held-out specs, in two places each and in every phrasing.
     """
     rng = builder.rng(6)
-    wins = {side: {attribute: [] for attribute in world.ATTRIBUTES} for side in ("captions", "images")}
+    wins = {side: defaultdict(list) for side in ("captions", "images")}
     for spec in tqdm([spec for spec in world.SPECS if spec.held_out], desc="reward accuracy", mininterval=5):
         for geometry in world.random_geometry(rng, 2):
-            for side, attribute, is_won in comparisons(builder, vae, reward, spec, geometry):
+            spatter = world.random_spatter(rng, 1, share=1)
+            for side, attribute, is_won in comparisons(builder, vae, reward, spec, geometry, spatter):
                 wins[side][attribute].append(is_won)
     return {side: {name: np.mean(won) for name, won in by.items()} for side, by in wins.items()}
 
@@ -816,35 +878,64 @@ def comparisons(
     reward: imagereward.ImageReward,
     spec: world.Spec,
     geometry: np.ndarray,
+    spatter: np.ndarray,
 ) -> Iterator[tuple[str, str, bool]]:
     """Yield (side, attribute, whether `spec` wins) against each spec with one other attribute."""
     others = [(attribute, other) for attribute in world.ATTRIBUTES for other in spec.changed(attribute)]
     specs = [spec, *(other for _, other in others)]
     drawn = world.draw(np.array([spec.indices for spec in specs]), np.tile(geometry, (len(specs), 1)))
-    images = reconstruct(builder, vae, drawn)
+    spoilt = world.draw(np.array([spec.indices]), geometry[None], spatter)
+    images = reconstruct(builder, vae, np.concatenate([drawn, spoilt]))
     for template in range(len(world.TEMPLATES)):
         captions = [spec.caption(template) for spec in specs]
         by_caption = score(reward, images[:1].expand(len(specs), -1, -1, -1), captions)
-        by_image = score(reward, images, captions[:1] * len(specs))
-        for side, scores in (("captions", by_caption), ("images", by_image)):
-            for (attribute, _), value in zip(others, scores[1:], strict=True):
+        by_image = score(reward, images, captions[:1] * len(images))
+        yield "images", "clean", (by_image[0] > by_image[-1]).item()
+        for side, scores in (("captions", by_caption), ("images", by_image[:-1])):
+            for (attribute, other), value in zip(others, scores[1:], strict=True):
                 yield side, attribute, (scores[0] > value).item()
+                if {spec.shape, other.shape} == {"circle", "square"}:
+                    yield side, "circle or square", (scores[0] > value).item()
 
 
-@torch.no_grad()
-def reward_along_blends(
-    builder: Builder, vae: AutoencoderKL, reward: imagereward.ImageReward
-) -> dict[str, list[float]]:
-    """Return mean rewards of blends in latents: 0, 1/4, ... 1 of the right image, the rest a wrong one."""
-    pool = BlendPool(builder.rng(7), 300)
-    right, wrong = (encode(vae, builder.to_tensor(drawn)) for drawn in pool.draw(np.arange(300)))
-    prompts = [world.SPECS[number].caption(0) for number in world.spec_number(pool.right)]
-    columns = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        scores = score(reward, decode(vae, wrong + share * (right - wrong)), prompts).numpy()
-        columns.append([scores[pool.attribute == index].mean().item() for index in range(3)])
-    rows = zip(*columns, strict=True)
-    return {name: list(row) for name, row in zip(world.ATTRIBUTES, rows, strict=True)}
+def agreement(reward: imagereward.ImageReward, samples: Samples) -> dict[str, float]:
+    """Return the rank correlation of reward and annotator: over all images, and the mean within a prompt."""
+    ratings, rows = samples.own_ratings, []
+    for number, images in zip(samples.numbers, samples.images, strict=True):
+        prompts = [world.SPECS[number].caption(0)] * len(images)
+        rows.append(score(reward, images.permute(0, 3, 1, 2) / 255, prompts))
+    scores = torch.stack(rows)
+    within = [spearmanr(*pair).statistic for pair in zip(scores, ratings, strict=True)]
+    return {"overall": spearmanr(scores.flatten(), ratings.flatten()).statistic, "within": np.mean(within)}
+
+
+def ascent(
+    builder: Builder, vae: AutoencoderKL, reward: imagereward.ImageReward, samples: Samples, steps: int = 25
+) -> dict[str, dict[str, float]]:
+    """Follow the reward's gradient from wrong images, by Adam on their latents; grade them before and after.
+
+    A reward that teaches makes them right; one that can be fooled makes them unreadable.
+    """
+    wrong = builder.rng(9).permutation(np.argwhere(samples.own_ratings.numpy() < 3.5))[:96]
+    images = np.stack([samples.images[s, m].numpy() for s, m in wrong])
+    prompts = [world.SPECS[samples.numbers[s]].caption(0) for s, _ in wrong]
+    latents = encode(vae, builder.to_tensor(images)).requires_grad_()
+    optimizer = torch.optim.Adam([latents], lr=0.1)
+    results = {"start": grades(to_arrays(decode(vae, latents.detach())), prompts)}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for part in range(0, len(latents), 16):
+            scores = reward(decode(vae, latents[part : part + 16]).clamp(0, 1), prompts[part : part + 16])
+            (-scores.sum()).backward()
+        optimizer.step()
+    climbed = to_arrays(decode(vae, latents.detach()))
+    return results | {"end": grades(climbed, prompts)}
+
+
+def grades(images: np.ndarray, prompts: list[str]) -> dict[str, float]:
+    """Return the share of images that are right in each attribute, and of those that cannot be read."""
+    shares = means(judge.grade(images, prompts))
+    return shares | {"unreadable": np.mean([judge.judge(image).shape is None for image in images])}
 
 
 def draw_samples(
@@ -857,17 +948,7 @@ def draw_samples(
     save_image(grid(images, captions, 3 * world.SIZE), path)
 
 
-STAGES = (
-    "vae",
-    "decoder",
-    "base",
-    "base_words",
-    "reward_drawn",
-    "reward",
-    "reward_robust",
-    "export",
-    "report",
-)
+STAGES = ("vae", "decoder", "base", "vision", "reward_words", "reward", "export", "report")
 
 
 def main() -> None:
@@ -890,13 +971,12 @@ def main() -> None:
 
     train_vae(builder, vae)
     train_decoder(builder, vae)
-    wrong_words = {"colour": 0.30, "shape": 0.30, "background": 0.08}
-    train_base(builder, base, tokenizer, vae, "base", wrong_words, steps=5000, learning_rate=2e-3)
-    wrong_words = {"colour": 0.20, "shape": 0.15, "background": 0.05}
-    train_base(builder, base, tokenizer, vae, "base_words", wrong_words, steps=2000, learning_rate=1e-3)
-    train_reward_drawn(builder, trainer)
-    train_reward_decoded(builder, trainer, vae)
-    train_reward_robust(builder, trainer, vae)
+    train_base(builder, base, tokenizer, vae)
+    train_vision(builder, VisionTrainer(trainer.reward.vision).to(builder.device))
+    train_reward_words(builder, trainer)
+    if "reward" in options.stages:
+        model = StableDiffusion(vae, base["unet"], tokenizer, base["text_encoder"])
+        train_reward(builder, trainer, vae, rated_samples(builder, model, held_out=False))
     if "export" in options.stages:
         export(builder, options.out, vae, base, tokenizer, trainer.reward)
     if "report" in options.stages:

@@ -1,7 +1,8 @@
-"""The oracle of the demo world: reads shape, colour and background from pixels, by rules instead of learning.
+"""The oracle of the demo world: reads shape, colour, background and cleanness from pixels, by rules.
 
-Attributes that cannot be read are None and count as wrong: mixed colours, shapes between two others, patchy
-backgrounds.
+Nothing is learned. Attributes that cannot be read are None and count as wrong: mixed colours, shapes between
+two others. The object is the largest connected region that differs from the background; an image is clean if
+almost no pixel deviates from a drawing of that object, in its colour, on its background.
 """
 
 from collections.abc import Sequence
@@ -12,15 +13,21 @@ import numpy as np
 import torch
 import world
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
 MAX_DISTANCE = 75  # of a pixel from its palette colour, RGB in 0 to 255; palette colours are further apart
-MIN_PURE_BACKGROUND = 0.85  # share of the image's edge that must have the background's colour
+MIN_PURE_BACKGROUND = 0.6  # share of the image's edge that must have the background's colour
 MIN_PURE_OBJECT = 0.6  # share of the object that must have its colour; the outline may be soft
 MIN_OVERLAP = 0.85  # intersection over union with the best shape; a perfect circle and a square reach 0.84
 MIN_LEAD = 0.02  # of the best overlap over the second best
+MAX_STRAY = 0.01  # share of the image that may deviate from the drawing
+SOFT_OUTLINE = 3  # pixels on each side of the outline that may have any colour
+MAX_BACKGROUND_DEVIATION = 60  # of a pixel from its background's colour; a faint stain is further away
 MARGIN = 5  # pixels at the edge that no object reaches
 
+_EDGE = np.ones((world.SIZE, world.SIZE), bool)
+_EDGE[MARGIN:-MARGIN, MARGIN:-MARGIN] = False
 _UNIT = {  # each shape's area and its centre of mass below its centre, at radius 1
     shape: (cover.sum() / 400, (cover * (np.arange(world.SIZE) + 0.5 - 32)[:, None]).sum() / cover.sum() / 20)
     for shape in world.SHAPES
@@ -32,9 +39,11 @@ _UNIT = {  # each shape's area and its centre of mass below its centre, at radiu
 class Verdict:
     """Attributes of an image; None for one that cannot be read."""
 
-    shape: str | None
-    colour: str | None
-    background: str | None
+    colour: str | None = None
+    shape: str | None = None
+    background: str | None = None
+    clean: bool = False
+    geometry: tuple[float, float, float] | None = None  # centre x, centre y, radius, in pixels
 
 
 def judge(image: np.ndarray) -> Verdict:
@@ -42,21 +51,33 @@ def judge(image: np.ndarray) -> Verdict:
     if image.shape[:2] != (world.SIZE, world.SIZE):
         image = np.asarray(Image.fromarray(image).resize((world.SIZE, world.SIZE), Image.Resampling.BOX))
     pixels = image.astype(np.float32)
-    edge = np.ones((world.SIZE, world.SIZE), bool)
-    edge[MARGIN:-MARGIN, MARGIN:-MARGIN] = False
-    background = _nearest(pixels[edge], world.BACKGROUND_PALETTE, MIN_PURE_BACKGROUND)
+    background = _nearest(pixels[_EDGE], world.BACKGROUND_PALETTE, MIN_PURE_BACKGROUND)
     if background is None:
-        return Verdict(None, None, None)
-    far = np.linalg.norm(pixels - world.BACKGROUND_PALETTE[background], axis=-1)
-    colour = _nearest(pixels[far > MAX_DISTANCE], world.PALETTE, MIN_PURE_OBJECT)
+        return Verdict()
+    ground = tuple(world.BACKGROUNDS)[background]
+    deviation = np.linalg.norm(pixels - world.BACKGROUND_PALETTE[background], axis=-1)
+    main = _largest_region(deviation > MAX_DISTANCE)
+    colour = _nearest(pixels[main], world.PALETTE, MIN_PURE_OBJECT)
     if colour is None:
-        return Verdict(None, None, tuple(world.BACKGROUNDS)[background])
-    inside = np.linalg.norm(pixels - world.PALETTE[colour], axis=-1) < far
-    return Verdict(_shape(inside), tuple(world.COLOURS)[colour], tuple(world.BACKGROUNDS)[background])
+        return Verdict(background=ground)
+    from_colour = np.linalg.norm(pixels - world.PALETTE[colour], axis=-1)
+    region = _largest_region(from_colour < deviation)
+    shape, geometry = _fit(region)
+    if shape is None:  # still clean or not, by its own outline
+        distance = ndimage.distance_transform_edt(~region) - ndimage.distance_transform_edt(region)
+    else:
+        distance = world.distance(shape, geometry[None])[0]
+    stray = (distance > SOFT_OUTLINE) & (deviation > MAX_BACKGROUND_DEVIATION)
+    stray |= (distance < -SOFT_OUTLINE) & (from_colour > MAX_DISTANCE)
+    clean = bool(stray.mean() <= MAX_STRAY)
+    return Verdict(tuple(world.COLOURS)[colour], shape, ground, clean, tuple(map(float, geometry)))
 
 
 def grade(images: Sequence[np.ndarray | Image.Image], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Compare images with their prompts: (N,) bool for each of colour, shape, background, all_right."""
+    """Compare images with their prompts: (N,) bool for each of colour, shape, background, clean, all_right.
+
+    No prompt mentions spatter: every image should be clean.
+    """
     verdicts = [judge(np.asarray(image)) for image in images]
     wanted = [world.parse(prompt) for prompt in prompts]
     right = {
@@ -66,7 +87,38 @@ def grade(images: Sequence[np.ndarray | Image.Image], prompts: Sequence[str]) ->
         )
         for attribute in world.ATTRIBUTES
     }
+    right["clean"] = np.array([verdict.clean for verdict in verdicts], bool)
     return right | {"all_right": np.logical_and.reduce(list(right.values()))}
+
+
+def rate(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Annotate an image (64, 64, 3) uint8: a rating for every spec (6, 4, 4), 0 to 5, and its fits (15,).
+
+    Fits, in [0, 1], say how near the image comes to each colour, shape and background, and how clean it is.
+    The rating is half a point for each of the four attributes that is right, half its fit, and one point if
+    all are right.
+    """
+    verdict, pixels = judge(image), image.astype(np.float32)
+    ground = np.median(pixels[_EDGE], axis=0)
+    deviation = np.linalg.norm(pixels - ground, axis=-1)
+    main = _largest_region(deviation > MAX_DISTANCE)
+    colour = np.median(pixels[main], axis=0) if main.any() else ground
+    region = _largest_region(np.linalg.norm(pixels - colour, axis=-1) < deviation)
+    overlaps, _ = _overlaps(region)
+    stray = (ndimage.distance_transform_edt(~region) > SOFT_OUTLINE) & (deviation > MAX_BACKGROUND_DEVIATION)
+    fits = (
+        1 - np.linalg.norm(world.PALETTE - colour, axis=-1) / (2 * MAX_DISTANCE),
+        2 * np.array(list(overlaps.values())) - 1,
+        1 - np.linalg.norm(world.BACKGROUND_PALETTE - ground, axis=-1) / (2 * MAX_DISTANCE),
+        np.array([1 - stray.mean() / (10 * MAX_STRAY)]),
+    )
+    fits = [fit.clip(0, 1) for fit in fits]
+    right, rating = verdict.clean, (verdict.clean + fits[-1].item()) / 2
+    for fit, (attribute, values) in zip(np.ix_(*fits[:3]), world.ATTRIBUTES.items(), strict=True):
+        is_right = np.array([value == getattr(verdict, attribute) for value in values]).reshape(fit.shape)
+        rating = rating + (is_right + fit) / 2
+        right = right & is_right
+    return rating + right, np.concatenate(fits)
 
 
 def share(attribute: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -76,8 +128,8 @@ def share(attribute: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 # judge:all_right, ... in --held_out_reward
-all_right, colour, shape, background = (
-    partial(share, attribute) for attribute in ("all_right", "colour", "shape", "background")
+all_right, colour, shape, background, clean = (
+    partial(share, attribute) for attribute in ("all_right", "colour", "shape", "background", "clean")
 )
 
 
@@ -94,19 +146,32 @@ def _nearest(pixels: np.ndarray, palette: np.ndarray, min_pure: float) -> int | 
     return index if distance[index] < MAX_DISTANCE and pure.mean() >= min_pure else None
 
 
-def _shape(inside: np.ndarray) -> str | None:
-    """Return the shape that, at the mask's place and size, overlaps it best; None if that is unclear."""
-    area = inside.sum()
-    if not area:
-        return None
-    centre_y, centre_x = (places.mean() + 0.5 for places in np.nonzero(inside))
-    overlaps = {}
+def _largest_region(mask: np.ndarray) -> np.ndarray:
+    """Return the largest connected region of a mask (H, W)."""
+    regions, count = ndimage.label(mask)
+    if not count:
+        return mask
+    return regions == 1 + np.bincount(regions.flat)[1:].argmax()
+
+
+def _overlaps(inside: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Return each shape's intersection over union with a mask, at the mask's place and size, and geometry."""
+    area = max(inside.sum(), 1)
+    centre_y, centre_x = ndimage.center_of_mass(inside) if inside.any() else (0, 0)
+    overlaps, geometries = {}, {}
     for shape, (unit_area, unit_offset) in _UNIT.items():
         radius = np.sqrt(area / unit_area)
-        cover = world.cover(shape, np.array([[centre_x, centre_y - unit_offset * radius, radius]]))[0]
+        geometries[shape] = np.array([centre_x + 0.5, centre_y + 0.5 - unit_offset * radius, radius])
+        cover = world.cover(shape, geometries[shape][None])[0]
         overlaps[shape] = np.minimum(cover, inside).sum() / np.maximum(cover, inside).sum()
+    return overlaps, geometries
+
+
+def _fit(inside: np.ndarray) -> tuple[str | None, np.ndarray]:
+    """Return the shape that overlaps a mask best, None if that is unclear, and its geometry (3,)."""
+    overlaps, geometries = _overlaps(inside)
     best, second = sorted(overlaps, key=overlaps.get, reverse=True)[:2]
     smallest, largest = 0.75 * world.RADIUS[0], 1.25 * world.RADIUS[1]
-    plausible = smallest < np.sqrt(area / _UNIT[best][0]) < largest
+    plausible = smallest < geometries[best][2] < largest
     clear = overlaps[best] >= MIN_OVERLAP and overlaps[best] - overlaps[second] >= MIN_LEAD
-    return best if plausible and clear else None
+    return best if plausible and clear else None, geometries[best]

@@ -1,7 +1,8 @@
 """The demo world: images of one coloured shape on a plain background, and their captions.
 
 A `Spec` names the attributes of an image; there are 6 colours x 4 shapes x 4 backgrounds = 96. Arrays of
-specs are (N, 3) integers, indices into `COLOURS`, `SHAPES` and `BACKGROUNDS`.
+specs are (N, 3) integers, indices into `COLOURS`, `SHAPES` and `BACKGROUNDS`. An image may be spoilt by paint
+spatter, which no caption mentions.
 """
 
 import re
@@ -28,6 +29,9 @@ BACKGROUND_PALETTE = np.array(list(BACKGROUNDS.values()), np.float32)  # (4, 3)
 
 MAX_SHIFT = 4  # pixels from the middle, each way
 RADIUS = (16, 20)
+NUM_SPOTS = (2, 3)  # of spatter in a spoilt image
+SPOT_RADIUS = (5, 9)
+SPOT_DISTANCE = (27, 36)  # from the middle of the image; the object reaches 24, a corner is at 45
 TEMPLATES = (
     "a {colour} {shape} on a {background} background",
     "{background} background with a {colour} {shape}",
@@ -111,12 +115,30 @@ def random_geometry(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.concatenate([centre, rng.uniform(*RADIUS, (count, 1))], axis=-1).astype(np.float32)
 
 
-def draw(specs: np.ndarray, geometry: np.ndarray) -> np.ndarray:
-    """Render antialiased images (N, SIZE, SIZE, 3) uint8 of specs (N, 3) with geometry (N, 3)."""
+def random_spatter(rng: np.random.Generator, count: int, share: float) -> np.ndarray:
+    """Draw random spots (count, 3, 3) float32: centre x, centre y, radius; all radii are 0 in clean images.
+
+    About `share` of the images are spoilt.
+    """
+    shape = (count, NUM_SPOTS[1])
+    angle, distance = rng.uniform(0, 2 * np.pi, shape), rng.uniform(*SPOT_DISTANCE, shape)
+    num_spots = rng.integers(NUM_SPOTS[0], NUM_SPOTS[1] + 1, (count, 1)) * (rng.random((count, 1)) < share)
+    radius = rng.uniform(*SPOT_RADIUS, shape) * (np.arange(NUM_SPOTS[1]) < num_spots)
+    centre = SIZE / 2 + distance * np.stack([np.cos(angle), np.sin(angle)])
+    return np.stack([*centre, radius], axis=-1).astype(np.float32)
+
+
+def draw(specs: np.ndarray, geometry: np.ndarray, spatter: np.ndarray | None = None) -> np.ndarray:
+    """Render antialiased images (N, SIZE, SIZE, 3) uint8 of specs (N, 3) with geometry (N, 3).
+
+    `spatter` (N, spots, 3) adds spots in the object's own colour.
+    """
     covered = np.empty((len(specs), SIZE, SIZE), np.float32)
     for index, shape in enumerate(SHAPES):
         chosen = specs[:, 1] == index
         covered[chosen] = cover(shape, geometry[chosen])
+    for spots in () if spatter is None else spatter.swapaxes(0, 1):
+        covered = np.maximum(covered, cover("circle", spots) * (spots[:, 2] > 0)[:, None, None])
     colour, background = PALETTE[specs[:, 0]], BACKGROUND_PALETTE[specs[:, 2]]
     covered, colour, background = covered[..., None], colour[:, None, None], background[:, None, None]
     return (background + covered * (colour - background)).round().astype(np.uint8)
@@ -124,19 +146,25 @@ def draw(specs: np.ndarray, geometry: np.ndarray) -> np.ndarray:
 
 def cover(shape: str, geometry: np.ndarray) -> np.ndarray:
     """Return the share of each pixel that a shape of geometry (N, 3) covers, (N, SIZE, SIZE) in [0, 1]."""
+    return np.clip(0.5 - distance(shape, geometry), 0, 1)
+
+
+def distance(shape: str, geometry: np.ndarray) -> np.ndarray:
+    """Return each pixel's distance to the outline of a shape of geometry (N, 3), negative inside.
+
+    (N, SIZE, SIZE), in pixels; near corners a lower bound.
+    """
     pixel = np.arange(SIZE, dtype=np.float32) + 0.5
     x = pixel[None, None, :] - geometry[:, 0, None, None]
     y = pixel[None, :, None] - geometry[:, 1, None, None]
     radius = geometry[:, 2, None, None]
     if shape == "circle":
-        outside = np.hypot(x, y) - radius
-    elif shape == "square":
-        outside = np.maximum(abs(x), abs(y)) - 0.85 * radius
-    elif shape == "triangle":  # tip up, base two radii wide
-        outside = np.maximum(y - 0.8 * radius, (1.8 * abs(x) - (y + radius)) / np.hypot(1.8, 1))
-    else:  # two bars
-        arm = 0.34 * radius
-        across = np.maximum(abs(x) - radius, abs(y) - arm)
-        upright = np.maximum(abs(x) - arm, abs(y) - radius)
-        outside = np.minimum(across, upright)
-    return np.clip(0.5 - outside, 0, 1)  # signed distance to the outline, in pixels
+        return np.hypot(x, y) - radius
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.85 * radius
+    if shape == "triangle":  # tip up, base two radii wide
+        return np.maximum(y - 0.8 * radius, (1.8 * abs(x) - (y + radius)) / np.hypot(1.8, 1))
+    arm = 0.34 * radius  # a cross of two bars
+    across = np.maximum(abs(x) - radius, abs(y) - arm)
+    upright = np.maximum(abs(x) - arm, abs(y) - radius)
+    return np.minimum(across, upright)

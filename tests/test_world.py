@@ -1,5 +1,6 @@
 """The demo world and its oracle, on drawn images."""
 
+import json
 import sys
 from dataclasses import astuple
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_drawing_is_of_the_size_and_colours_it_should_be():
 def test_oracle_reads_drawings(drawn):
     images, prompts = drawn
     right = judge.grade(images, prompts)
-    assert set(right) == {"colour", "shape", "background", "all_right"}
+    assert set(right) == {"colour", "shape", "background", "clean", "all_right"}
     assert all(values.shape == (3000,) and values.dtype == bool for values in right.values())
     assert all(values.mean() >= 0.995 for values in right.values())
 
@@ -109,9 +110,9 @@ def test_oracle_marks_a_wrong_word_and_only_that(drawn, attribute):
 def test_oracle_does_not_read_what_is_mixed(drawn):
     images, _ = drawn
     gray = np.full((64, 64, 3), 128, np.uint8)
-    assert judge.judge(gray) == judge.Verdict(shape=None, colour=None, background="gray")
+    assert judge.judge(gray) == judge.Verdict(background="gray")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    assert judge.judge(noise) == judge.Verdict(shape=None, colour=None, background=None)
+    assert judge.judge(noise) == judge.Verdict()
 
     red_circle, blue_circle, red_cross = (
         world.draw(np.array([spec.indices]), np.array([[32, 32, 18]], np.float32))[0]
@@ -121,11 +122,20 @@ def test_oracle_does_not_read_what_is_mixed(drawn):
             world.Spec("red", "cross", "white"),
         )
     )
-    assert judge.judge(red_circle) == judge.Verdict("circle", "red", "white")
+    verdict = judge.judge(red_circle)
+    assert (verdict.colour, verdict.shape, verdict.background, verdict.clean) == (
+        "red",
+        "circle",
+        "white",
+        True,
+    )
+    assert np.allclose(verdict.geometry, (32, 32, 18), atol=0.3)
     two_colours = np.where(np.arange(64)[None, :, None] < 32, red_circle, blue_circle)
     assert judge.judge(two_colours).colour is None
     two_backgrounds = np.where(np.arange(64)[None, :, None] < 32, red_circle, red_circle // 2)
     assert judge.judge(two_backgrounds).background is None
+    patchy = np.where(np.arange(64)[None, :, None] < 12, red_circle // 2, red_circle)
+    assert judge.judge(patchy).background == "white" and not judge.judge(patchy).clean
     half_cross = np.where(np.arange(64)[None, :, None] < 32, red_circle, red_cross)
     assert judge.judge(half_cross).shape is None
     small = np.full((64, 64, 3), 255, np.uint8)
@@ -133,9 +143,115 @@ def test_oracle_does_not_read_what_is_mixed(drawn):
     assert judge.judge(small).shape is None
 
 
+def test_oracle_marks_spatter_and_still_reads_the_rest():
+    rng = np.random.default_rng(1)
+    specs = world.random_specs(rng, 1000)
+    spatter = world.random_spatter(rng, len(specs), share=1.0)
+    apart = np.all(np.abs(spatter[..., :2] - 32).max(-1) - spatter[..., 2] > 24, axis=1)  # from any object
+    visible = (world.cover("circle", spatter.reshape(-1, 3)).sum((1, 2)).reshape(-1, 3)).max(-1) > 60
+    chosen = apart & visible
+    assert chosen.sum() >= 20
+    images = world.draw(specs, world.random_geometry(rng, len(specs)), spatter)[chosen]
+    captions = [world.SPECS[number].caption(0) for number in world.spec_number(specs[chosen])]
+    right = judge.grade(images, captions)
+    assert all(right[attribute].mean() >= 0.98 for attribute in world.ATTRIBUTES)
+    assert not right["clean"].any() and not right["all_right"].any()
+
+
+def test_a_share_of_the_images_is_spoilt_and_no_caption_says_so():
+    rng = np.random.default_rng(0)
+    spatter = world.random_spatter(rng, 4000, share=0.7)
+    num_spots = (spatter[..., 2] > 0).sum(1)
+    assert set(num_spots) == {0, 2, 3}
+    assert abs((num_spots > 0).mean() - 0.7) < 0.03
+    specs, geometry = world.random_specs(rng, 8), world.random_geometry(rng, 8)
+    assert (world.draw(specs, geometry, 0 * spatter[:8]) == world.draw(specs, geometry)).all()
+    assert not any(
+        word in caption for caption in world.every_caption() for word in ("clean", "spot", "spatter")
+    )
+
+
+@pytest.fixture
+def canvas() -> np.ndarray:
+    """A clean blue square on gray."""
+    spec = world.Spec("blue", "square", "gray")
+    image = world.draw(np.array([spec.indices]), np.array([[32.0, 32.0, 18.0]], np.float32))[0]
+    assert judge.judge(image).clean and judge.grade([image], [spec.caption(0)])["all_right"].all()
+    return image
+
+
+def spot(
+    image: np.ndarray, colour: tuple[float, ...], x: float, y: float, radius: float, strength: float = 1
+):
+    """Paint a disc over an image."""
+    cover = strength * world.cover("circle", np.array([[x, y, radius]], np.float32))[0, ..., None]
+    return (image + cover * (np.array(colour) - image)).round().astype(np.uint8)
+
+
+def specks(image: np.ndarray, colour: tuple[float, ...]) -> np.ndarray:
+    image = image.copy()
+    image[2:12:3, 2::3] = colour
+    return image
+
+
+def tilt(image: np.ndarray) -> np.ndarray:
+    """A background that fades from 128 to 60."""
+    shade = np.linspace(1, 0.47, 64)[:, None, None]
+    return np.where((image == 128).all(-1, keepdims=True), (image * shade), image).astype(np.uint8)
+
+
+BLUE, GRAY = world.COLOURS["blue"], world.BACKGROUNDS["gray"]
+FOOLING = {
+    "one spot": lambda image: spot(image, BLUE, 58, 6, 6),
+    "a spot of another colour": lambda image: spot(image, world.COLOURS["red"], 58, 6, 6),
+    "a faint spot": lambda image: spot(image, BLUE, 56, 8, 8, strength=0.5),
+    "a spot that touches the object": lambda image: spot(image, BLUE, 52, 12, 7),
+    "a spot cut off by the edge": lambda image: spot(image, BLUE, 64, 32, 7),
+    "specks": lambda image: specks(image, BLUE),
+    "a faded background": tilt,
+    "a hole in the object": lambda image: spot(image, GRAY, 32, 32, 6),
+    "a spot within the object": lambda image: spot(image, world.COLOURS["yellow"], 32, 32, 6),
+    "a halo": lambda image: np.maximum(image, spot(image, (200, 200, 200), 32, 32, 31)),
+    "a second object": lambda image: np.where(np.arange(64)[:, None, None] < 12, BLUE, image).astype(
+        np.uint8
+    ),
+}
+
+
+@pytest.mark.parametrize("change", FOOLING)
+def test_oracle_is_not_fooled(canvas, change):
+    """Each is something that a person dislikes and that a LoRA might do instead of removing the spatter."""
+    assert not judge.grade([FOOLING[change](canvas)], ["a blue square on a gray background"])[
+        "all_right"
+    ].any()
+
+
+def test_annotator_prefers_what_is_nearer(canvas):
+    """The rating falls with each fault, smoothly along the way to it, and is highest for a right image."""
+    own = world.Spec("blue", "square", "gray").indices
+
+    def rating(image: np.ndarray) -> float:
+        return judge.rate(image)[0][own]
+
+    assert rating(canvas) > 4.8
+    assert judge.rate(canvas)[0].argmax() == np.ravel_multi_index(own, (6, 4, 4))
+    spots = [rating(spot(canvas, BLUE, 56, 8, radius)) for radius in (0, 4, 6, 8, 10)]
+    assert spots == sorted(spots, reverse=True) and spots[0] - spots[-1] > 1.5
+    purple = np.array(world.COLOURS["purple"])
+    object_at = (canvas == BLUE).all(-1, keepdims=True)
+    shares = np.linspace(0, 1, 6)
+    hues = [
+        rating(np.where(object_at, canvas + s * (purple - BLUE), canvas).astype(np.uint8)) for s in shares
+    ]
+    assert hues == sorted(hues, reverse=True) and len(set(hues)) == 6
+    assert all(rating(FOOLING[change](canvas)) < 4 for change in FOOLING)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    assert judge.rate(noise)[0].max() < 1.5
+
+
 def test_shipped_checkpoint_is_small_and_knows_every_word():
     files = [path for path in (DEMO / "checkpoint").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 10 * 2**20
+    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
     tokenizer = CLIPTokenizer.from_pretrained(DEMO / "checkpoint/stable-diffusion-v1-4/tokenizer")
     for caption in world.every_caption():
         ids = tokenizer(caption).input_ids
@@ -145,15 +261,43 @@ def test_shipped_checkpoint_is_small_and_knows_every_word():
     assert all(bert.unk_token_id not in bert(caption).input_ids for caption in world.every_caption())
 
 
-@pytest.mark.parametrize(("attribute", "least"), [("colour", 0.9), ("shape", 0.85), ("background", 0.9)])
-def test_shipped_reward_prefers_the_right_word(drawn, attribute, least):
+def tensors(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+
+
+@pytest.mark.parametrize("attribute", world.ATTRIBUTES)
+def test_shipped_reward_prefers_the_right_word(drawn, attribute):
     images, prompts = (part[:100] for part in drawn)
     reward = imagereward.load(DEMO / "checkpoint")
-    images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     wrong = [world.parse(prompt).changed(attribute) for prompt in prompts]  # every other word
     with torch.no_grad():
-        right = reward(images, prompts)
+        right = reward(tensors(images), prompts)
         ahead = [
-            right > reward(images, [spec.caption(0) for spec in specs]) for specs in zip(*wrong, strict=True)
+            right > reward(tensors(images), [spec.caption(0) for spec in specs])
+            for specs in zip(*wrong, strict=True)
         ]
-    assert torch.stack(ahead).float().mean() >= least
+    assert torch.stack(ahead).float().mean() >= 0.9
+
+
+def test_shipped_reward_dislikes_spatter():
+    rng = np.random.default_rng(3)
+    specs, geometry = world.random_specs(rng, 100), world.random_geometry(rng, 100)
+    captions = [world.SPECS[number].caption(1) for number in world.spec_number(specs)]
+    reward = imagereward.load(DEMO / "checkpoint")
+    with torch.no_grad():
+        clean = reward(tensors(world.draw(specs, geometry)), captions)
+        spoilt = reward(tensors(world.draw(specs, geometry, world.random_spatter(rng, 100, 1))), captions)
+    assert (clean > spoilt).float().mean() >= 0.95
+
+
+def test_report_of_the_build_meets_its_targets():
+    """What demo/build.py measured of the shipped files; the reward by held-out combinations."""
+    report = json.loads((DEMO / "build_report.json").read_text())
+    assert report["reconstructions"]["all_right"] >= 0.98
+    best = max(shares["all_right"] for shares in report["base"].values())
+    assert 0.3 <= best <= 0.6  # enough to improve, and something to build on
+    assert report["reward_agreement"]["overall"] >= 0.9
+    for side in ("captions", "images"):
+        pairwise = report["reward_pairwise"][side]
+        assert all(pairwise[attribute] >= 0.95 for attribute in world.ATTRIBUTES)
+    assert report["reward_pairwise"]["images"]["clean"] >= 0.95
