@@ -53,7 +53,10 @@ def check_options(options: TrainingOptions) -> str:
     """Check the values of the options."""
     check_values(options)
     images = options.train_batch_size * options.gradient_accumulation_steps
-    return f"{options.max_train_steps} steps of {images} images per process"
+    guidance = f"guidance {options.guidance_scale:g}"
+    if options.drawn_with != options.guidance_scale:
+        guidance += f" in training and {options.drawn_with:g} in drawing"
+    return f"{options.max_train_steps} steps of {images} images per process, {guidance}"
 
 
 def check_versions(options: Any) -> str:

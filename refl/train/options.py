@@ -92,8 +92,10 @@ class Options:
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance in training; 1: none, as published. Otherwise the UNet runs twice."""
     guidance_in: Literal["both", "rollout", "gradient"] = "both"
-    """Use guidance in the rollout, at the step that gets the gradient, or in both.
-    Validation always uses it."""
+    """Use guidance in the rollout, at the step that gets the gradient, or in both."""
+    draw_guidance_scale: float | None = None
+    """Guidance at which people will draw with the LoRA: validation uses it, and the LoRA's file names it.
+    None: --guidance_scale."""
     lora_in_uncond: bool = True
     """Apply the LoRA to the prediction for the empty prompt as well, as diffusers does in inference."""
     normalize_by_stop: bool = False
@@ -167,6 +169,11 @@ class Options:
         """`lora_alpha`, or the rank where it is None."""
         return self.rank if self.lora_alpha is None else self.lora_alpha
 
+    @property
+    def drawn_with(self) -> float:
+        """`draw_guidance_scale`, or the guidance of the training where it is None."""
+        return self.guidance_scale if self.draw_guidance_scale is None else self.draw_guidance_scale
+
 
 def read_options(arguments: list[str]) -> Options:
     """Read the command line; its options override those of --options_file."""
@@ -203,8 +210,8 @@ SAFE_TO_CHANGE = """options_file check output_dir also_kohya prompts train_batch
     rollout_batch_size gradient_checkpointing low_memory torch_compile checkpointing_steps
     checkpoints_total_limit resume_from_checkpoint allow_changed_options max_nonfinite_steps logging_dir
     report_to""".split()
-VALIDATION_OPTIONS = """held_out_reward validation_prompts validation_steps num_validation_images
-    validation_images_per_prompt""".split()  # they matter to --early_stop alone
+VALIDATION_OPTIONS = """draw_guidance_scale held_out_reward validation_prompts validation_steps
+    num_validation_images validation_images_per_prompt""".split()  # they matter to --early_stop alone
 
 
 def to_save(options: Options) -> dict[str, Any]:
@@ -257,7 +264,7 @@ def check_values(options: Options) -> None:
             "be 0 or more",
         ),
         (
-            "learning_rate grad_scale guidance_scale adam_epsilon lora_alpha",
+            "learning_rate grad_scale guidance_scale draw_guidance_scale adam_epsilon lora_alpha",
             lambda v: v is None or 0 < v < math.inf,
             "be positive",
         ),

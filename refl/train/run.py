@@ -147,6 +147,8 @@ class Run:
             "sampler": "ddpm",
             "num_inference_steps": options.num_inference_steps,
         }
+        if options.draw_guidance_scale is not None:
+            metadata["draw_guidance_scale"] = options.draw_guidance_scale
         return pack_lora(models.base.unet, metadata)
 
     # ---- checkpoints
