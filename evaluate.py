@@ -92,9 +92,9 @@ def main() -> None:
     doctor.check_files(options)
     loras = find_loras(options.lora_paths)
     paths = [lora.path for lora in loras]
+    guidances = drawing.find_guidance(options, paths, is_quiet=bool(options.sweep_guidance))
     options = drawing.apply_trained_settings(options, paths)
     prompts = check(options)
-    guidances = drawing.find_guidance(options, paths, is_quiet=bool(options.sweep_guidance))
     cases = find_cases(
         loras, options.lora_scale, guidances, options.base_guidance_scale, options.sweep_lora_scale,
         options.sweep_guidance,

@@ -251,6 +251,7 @@ def test_a_sweep_and_its_report(options, world, tmp_path, monkeypatch, capsys, c
     best = evaluation["best_against_best"]
     assert best["criterion"] == "held_out.red" and len(best["loras"]) == 2  # scales
     assert "highest held_out.red" in shown and "Best against best" in text
+    assert "own guidance" not in text  # the base model at its own guidance is among the best
     # Without the sweep: the same images, none drawn again.
     count_drawn.clear()
     run_in_process(

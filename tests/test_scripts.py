@@ -86,7 +86,8 @@ def test_a_run_writes_these_files_and_no_others(trained):
     metadata = read_metadata(trained / "world2")
     assert metadata.items() >= {
         "step": 3, "rank": 3, "lora_alpha": 6.0, "reward": "imagereward:0.9,scripts_reward:red:0.1",
-        "guidance_scale": 1.0, "draw_guidance_scale": 2.0, "sampler": "ddpm", "num_inference_steps": 4, "resolution": 64,
+        "guidance_scale": 1.0, "draw_guidance_scale": 2.0,
+        "sampler": "ddpm", "num_inference_steps": 4, "resolution": 64,
     }.items()  # fmt: skip
     assert metadata["base_model"].endswith("stable-diffusion-v1-4")
 
@@ -248,11 +249,11 @@ def test_inference_draws_the_same_images_with_and_without_lora(drawn, tiny):
     assert all((before != after).any() for before, after in zip(*images, strict=True))
     rewards = json.loads((drawn / "lora" / "rewards.json").read_text())
     assert list(rewards["mean"]) == ["before, guidance 7.5", "before", "after"]
-    scorer = imagereward.load(tiny)  # of the base model at its own guidance: the images of inference.py
-    for index, row in enumerate(rewards["images"]):
-        score = scorer.score(row["prompt"], drawn / "sd14" / f"{index}.png")
-        assert row["before, guidance 7.5"] == pytest.approx(score, abs=1e-4)
-        assert row["before"] != pytest.approx(score, abs=1e-4)
+    # At its own guidance the base model draws the images of inference.py, up to rounding.
+    scorer, rows = imagereward.load(tiny), rewards["images"]
+    scores = [scorer.score(row["prompt"], drawn / "sd14" / row["file"]) for row in rows]
+    own, other = (np.subtract([row[s] for row in rows], scores) for s in ("before, guidance 7.5", "before"))
+    assert np.linalg.norm(own) < 0.2 * np.linalg.norm(other)
     assert [row["seed"] for row in rewards["images"]] == list(range(11, 17))
     assert [row["prompt"] for row in rewards["images"]] == ["a red cat"] * 3 + ["two dogs"] * 3
     assert rewards["mean"]["before"] == pytest.approx(np.mean([row["before"] for row in rewards["images"]]))

@@ -28,7 +28,8 @@ def grid(results: Results, measures: Sequence[str]) -> Image.Image:
         name = results.cases[case].name
         images[name] = [results.samples[(case * num_prompts + i) * num_images].read() for i in indices]
         captions[name] = [
-            ", ".join(f"{measure} {results.scores[measure][case, i, 0]:.2f}" for measure in measures)
+            f"{name}\n"
+            + ", ".join(f"{measure} {results.scores[measure][case, i, 0]:.2f}" for measure in measures)
             for i in indices
         ]
         scores = ", ".join(f"{measure} {results.scores[measure][case].mean():.3f}" for measure in measures)

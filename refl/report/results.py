@@ -130,11 +130,11 @@ def _differences(results: Results, index: int, base: int, tie_margin: float) -> 
 
 def comparisons(evaluation: dict, index: int) -> list[tuple[dict, dict]]:
     """What the case at `index` is compared with, and the differences: the base model at the same guidance,
-    then at its own default if that is another."""
+    then at its own default if that is another and the best are not compared with the best."""
     cases, own = evaluation["cases"], evaluation["cases"][index]
     bases = {case["guidance_scale"]: case for case in cases if case["lora_path"] is None}
     found = [(bases[own["guidance_scale"]], own["against_base"])]
-    if own.get("against_default_base"):
+    if own.get("against_default_base") and not evaluation.get("best_against_best"):
         found.append((bases[evaluation["base_guidance_scale"]], own["against_default_base"]))
     return found
 
