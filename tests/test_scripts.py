@@ -460,9 +460,15 @@ def test_processes_and_precision_are_those_of_the_visible_gpus(wrapper):
     assert "--mixed_precision bf16" in two
     assert two.endswith("--learning_rate=1e-04 --grad_scale 0.01 --rank=8")
     assert "--mixed_precision fp16" in command("0,1")
-    one = command("GPU-8932f937,-1,1", given="--options_file=a.json --rank=8")
-    assert one.startswith("bf16 /")
-    assert one.endswith("refl_lora.py --options_file=a.json --rank=8")  # the file has the wrapper's
+    default = Options()
+    assert (default.learning_rate, default.grad_scale) == (
+        1e-4,
+        0.01,
+    )  # so a file without them changes nothing
+    for file in ("--options_file=a.json", "--options-file a.json", "--preset=a", "--preset a"):
+        one = command("GPU-8932f937,-1,1", given=f"--seed 1 {file} --rank=8")
+        assert one.startswith("bf16 /")
+        assert one.endswith(f"refl_lora.py --seed 1 {file} --rank=8")
     assert command("-1").startswith("no /")
     assert command("0", given="--rank 8 --help").endswith("refl_lora.py --help")
 
