@@ -29,7 +29,6 @@ WRONG = {
     "be at least 0 and below 1": {"adam_beta1": 1, "adam_beta2": -0.1, "lora_shrinkage": 1},
     "be a number, or None": {"reward_target": float("nan")},
     "pip install bitsandbytes": {"use_8bit_adam": True},
-    "go with a --guidance_scale other than 1": {"guidance_in": "rollout"},
 }  # fmt: skip
 
 
@@ -53,6 +52,10 @@ def test_values_that_are_wrong_alone(demand, monkeypatch):
         (
             {"low_memory": True, "decode_batch_size": 2},
             "--decode_batch_size 2: must be 1 with --low_memory",
+        ),
+        (
+            {"guidance_scale": 1.0, "guidance_in": "rollout"},
+            "--guidance_in rollout: must go with a --guidance_scale other than 1",
         ),
         ({"lr_warmup_steps": 5}, "take --lr_scheduler constant_with_warmup"),
         ({"early_stop": True, "validation_steps": 0}, "have --validation_steps above 0"),

@@ -465,7 +465,7 @@ def test_processes_and_precision_are_those_of_the_visible_gpus(wrapper):
         1e-4,
         0.01,
     )  # so a file without them changes nothing
-    for file in ("--options_file=a.json", "--options-file a.json", "--preset=a", "--preset a"):
+    for file in ("--options-file a.json", "--preset=a"):
         one = command("GPU-8932f937,-1,1", given=f"--seed 1 {file} --rank=8")
         assert one.startswith("bf16 /")
         assert one.endswith(f"refl_lora.py --seed 1 {file} --rank=8")
