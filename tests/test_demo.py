@@ -27,7 +27,7 @@ def test_the_demo_learns_shows_it_and_refuses_another_length(copy):
     assert run.returncode == 0, run.stderr
     assert "192 prompts, 2 of each" in run.stdout and "judge.all_right" in run.stdout
     evaluation = json.loads((copy / "result/demo/evaluation/evaluation.json").read_text())
-    base, lora = evaluation["cases"]
+    base, *_, lora = evaluation["cases"]
     assert (evaluation["num_prompts"], lora["step"], lora["guidance_scale"]) == (192, STEPS, 1)
     before, after = (
         {measure: found["mean"] for measure, found in case["means"].items()} for case in (base, lora)

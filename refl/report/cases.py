@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 from refl.model.lora import LORA_FILE, lora_file, read_metadata
@@ -96,27 +97,24 @@ def find_cases(
     scales = _read_sweep("sweep_lora_scale", sweep_lora_scale) or [lora_scale]
     swept = _read_sweep("sweep_guidance", sweep_guidance)
     guidances = [swept or [guidance] for guidance in guidance_scales]  # of each LoRA
-    of_base = {*sum(guidances, []), *([] if base_guidance_scale is None else [base_guidance_scale])}
+    of_base = set(chain(*guidances, [] if base_guidance_scale is None else [base_guidance_scale]))
     if not all(map(math.isfinite, (*scales, *of_base))):
         raise UserError("scales and guidances, swept or not, must be finite numbers.")
     if not any(scales):
         raise UserError("--lora_scale 0 is the model without the LoRA: there is nothing to compare it with.")
-    cases = [_case(None, 0.0, guidance, "", len(of_base) > 1) for guidance in sorted(of_base)]
-    for lora, own in zip(loras, guidances, strict=True):
-        for scale in filter(None, scales):
-            label = f" scale {scale:.12g}" if sweep_lora_scale else ""
-            cases += [_case(lora, scale, guidance, label, len(of_base) > 1) for guidance in own]
+    cases = []
+    for lora, own in [(None, sorted(of_base)), *zip(loras, guidances, strict=True)]:
+        for scale in filter(None, scales) if lora else [0.0]:
+            name, folder = "base", "base"
+            if lora:
+                label = re.sub(r"[^\w.-]", "_", Path(lora.name).name)
+                name, folder = lora.name, f"{label}-{lora.digest[:12]}_scale_{scale:.12g}"
+            if lora and sweep_lora_scale:
+                name += f" scale {scale:.12g}"
+            for guidance in own:
+                full_name = f"{name} guidance {guidance:.12g}" if len(of_base) > 1 else name
+                cases.append(Case(full_name, f"{folder}_guidance_{guidance:.12g}", lora, scale, guidance))
     return cases
-
-
-def _case(lora: Lora | None, scale: float, guidance: float, label: str, names_guidance: bool) -> Case:
-    name, folder = "base", "base"
-    if lora:
-        name = lora.name
-        short = re.sub(r"[^\w.-]", "_", Path(name).name)
-        folder = f"{short}-{lora.digest[:12]}_scale_{scale:.12g}"
-    name += label + (f" guidance {guidance:.12g}" if names_guidance else "")
-    return Case(name, f"{folder}_guidance_{guidance:.12g}", lora, scale, guidance)
 
 
 def _read_sweep(name: str, text: str | None) -> list[float]:

@@ -35,7 +35,7 @@ def grid(results: Results, measures: Sequence[str]) -> Image.Image:
         scores = ", ".join(f"{measure} {results.scores[measure][case].mean():.3f}" for measure in measures)
         means.append(f"{name}: {scores}")
     captions[name] = [f"{text}\n{results.prompts[i]}" for i, text in enumerate(captions[name])]
-    header = f"{num_prompts} prompts; from top to bottom, with means over all images\n" + "\n".join(means)
+    header = "\n".join([f"{num_prompts} prompts, means over all images", *means])
     return sheets.pairs(images, captions, GRID_COLUMNS, header)
 
 
