@@ -3,8 +3,8 @@
 python inference_lora.py     -> result/refl_lora/0.png, 1.png, ..., grid.png (before and after), rewards.json
 python inference_lora.py --lora_path other.safetensors --lora_scale 0.8 --prompt "a red fox"
 
-The guidance is the one that the LoRA's file names, that of its training. "Before" is the base model at this
-guidance, and also at that of inference.py if that is another.
+The guidance is the one that the LoRA's file names. "Before" is the base model at this guidance, and also at
+that of inference.py if that is another.
 """
 
 import json

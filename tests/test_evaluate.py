@@ -171,6 +171,7 @@ def test_what_is_written(options, world, tiny, tmp_path, monkeypatch, capsys):
     assert base["name"] == "base" and base["lora_path"] is None and base["against_base"] is None
     rows = read_rows(tmp_path / "images.csv")
     assert len(rows) == 3 * 3 * 2 and [row["seed"] for row in rows[:6]] == [row["seed"] for row in rows[6:12]]
+    assert all((tmp_path / "images" / case["folder"] / "2_1.png").exists() for case in found["cases"])
     for case in others:  # the figures, from the table of images
         scores = [[float(r["held_out.red"]) for r in rows if r["case"] == n] for n in (case["name"], "base")]
         own, without = np.array(scores)

@@ -280,7 +280,7 @@ def test_validation_is_guided_throughout(
     def watched(*arguments):
         before = len(scales)
         validation = validate(*arguments)
-        assert set(scales[before:]) == {drawn_with or guidance_scale}
+        assert set(scales[before:]) == {drawn_with or 1.5 * guidance_scale}
         return validation
 
     monkeypatch.setattr(Validator, "__call__", watched)

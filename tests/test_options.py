@@ -102,6 +102,11 @@ def test_the_published_preset_is_algorithm_1():
     assert (published.num_inference_steps, published.min_stop, published.max_stop) == (40, 30, 39)
 
 
+def test_the_guidance_to_draw_with_is_above_that_of_the_training():
+    assert Options(guidance_scale=3.0).drawn_with == 4.5 and Options(guidance_scale=1.0).drawn_with == 1.0
+    assert Options(guidance_scale=3.0, draw_guidance_scale=1.0).drawn_with == 1.0
+
+
 def test_which_file_wins(files):
     run = asdict(Options(rank=2, seed=2, learning_rate=2.0, check=True, preset="other"))
     path = files(run, "options")

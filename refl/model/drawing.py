@@ -66,7 +66,7 @@ class LoraOptions:
 
     guidance_scale: float | None = None
     """Scale of classifier-free guidance; 1: no guidance.
-    None: the one that the LoRA's file names, that of its training; 7.5 if the file names none."""
+    None: the one that the LoRA's file names, or 7.5 if it names none."""
     base_guidance_scale: float | None = ImageOptions.guidance_scale
     """Compare also with the base model at this guidance, by default that of inference.py.
     None: only with the base model at the LoRA's guidance."""

@@ -99,6 +99,7 @@ def _entry(results: Results, index: int, intervals: np.ndarray, tie_margin: floa
     default = None if results.default_base == base else results.default_base
     return {
         "name": case.name,
+        "folder": case.folder,
         "lora_path": lora and lora.path,
         "lora_sha256": lora and lora.digest,
         "lora_scale": case.lora_scale,

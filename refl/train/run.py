@@ -142,13 +142,12 @@ class Run:
             "reward": options.reward,
             "resolution": self.inputs.resolution,
             "guidance_scale": options.guidance_scale,
+            "draw_guidance_scale": options.drawn_with,
             "guidance_in": options.guidance_in,
             "lora_in_uncond": options.lora_in_uncond,
             "sampler": "ddpm",
             "num_inference_steps": options.num_inference_steps,
         }
-        if options.draw_guidance_scale is not None:
-            metadata["draw_guidance_scale"] = options.draw_guidance_scale
         return pack_lora(models.base.unet, metadata)
 
     # ---- checkpoints
