@@ -2,7 +2,7 @@
 
 python evaluate.py                                      -> result/evaluation/report.html, evaluation.json, ...
 python evaluate.py --lora_paths checkpoint/refl_lora checkpoint/refl_lora/checkpoint-*
-python evaluate.py --sweep_lora_scale 0,0.5,1,1.5 --sweep_guidance 1,3,7.5
+python evaluate.py --sweep_guidance 1,2,3,5,7.5         each at its best guidance, besides
 python -m refl launch --multi_gpu --num_processes 2 evaluate.py     each process takes its share, on one disk
 
 The same command resumes: existing images are not generated again. LoRAs, scales, guidances, prompts and
@@ -74,7 +74,8 @@ class Options(drawing.LoraOptions, drawing.ImageOptions):
     sweep_lora_scale: str | None = None
     """Scales such as 0,0.5,1,1.5 in place of --lora_scale."""
     sweep_guidance: str | None = None
-    """Guidances such as 1,3,7.5 in place of --guidance_scale."""
+    """Guidances such as 1,3,7.5 in place of --guidance_scale. The base model and each LoRA are then also
+    compared at the best of them for each, by the first held-out reward, or by the reward if there is none."""
     tie_margin: float = 0.01
     """Two images tie if their scores differ by no more than this."""
     output_dir: str = "result/evaluation"
@@ -90,10 +91,14 @@ def main() -> None:
     options = tyro.cli(Options, use_underscores=True)
     doctor.check_files(options)
     loras = find_loras(options.lora_paths)
-    options = drawing.apply_trained_settings(options, [lora.path for lora in loras])
+    paths = [lora.path for lora in loras]
+    guidances = drawing.find_guidance(options, paths, is_quiet=bool(options.sweep_guidance))
+    options = drawing.apply_trained_settings(options, paths)
     prompts = check(options)
-    target = options.lora_scale, options.guidance_scale
-    cases = find_cases(loras, *target, options.sweep_lora_scale, options.sweep_guidance)
+    cases = find_cases(
+        loras, options.lora_scale, guidances, options.base_guidance_scale, options.sweep_lora_scale,
+        options.sweep_guidance,
+    )  # fmt: skip
     state = PartialState(options.device == "cpu" or not torch.cuda.is_available(), timeout=MAX_WAIT)
     device = devices.find(options.device or (str(state.device) if state.num_processes > 1 else None))
     devices.set_tf32(False)
@@ -131,10 +136,12 @@ def main() -> None:
     columns = np.concatenate(scores).astype(float).T.reshape(-1, *shape)
     has_diversity = all(part is not None for part in diversity)
     results = Results(
-        cases, shown_index(cases, *target), prompts, samples,
+        cases, shown_index(cases, options.lora_scale, guidances[0]), prompts, samples,
         rewards=names,
         scores=dict(zip([*names, SATURATED], columns, strict=True)),
         diversity=np.concatenate(diversity).reshape(shape[:2]) if has_diversity else None,
+        base_guidance_scale=options.base_guidance_scale,
+        criterion=next(iter(rewards.parse_held_out(options.held_out_reward)), REWARD),
     )  # fmt: skip
 
     # ---- compare and report
@@ -148,9 +155,7 @@ def main() -> None:
         "num_images_per_prompt": options.num_images_per_prompt,
         "reward": options.reward,
         "measures": list(results.prompt_means),
-        "shown": results.shown,
-        "cases": compare(results, options.tie_margin),
-    }
+    } | compare(results, options.tie_margin)
     report(results, evaluation, options)
 
 

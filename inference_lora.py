@@ -2,10 +2,13 @@
 
 python inference_lora.py     -> result/refl_lora/0.png, 1.png, ..., grid.png (before and after), rewards.json
 python inference_lora.py --lora_path other.safetensors --lora_scale 0.8 --prompt "a red fox"
+
+The guidance is the one that the LoRA's file names. "Before" is the base model at this guidance, and also at
+that of inference.py if that is another.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refl.model import drawing
@@ -34,7 +37,7 @@ class Options(drawing.LoraOptions, drawing.DrawingOptions):
     lora_path: str = "checkpoint/refl_lora"
     """LoRA for this model, a file or a folder, in diffusers' or kohya's format."""
     compare: bool = True
-    """Also generate the images without the LoRA, for grid.png."""
+    """Also generate the images without the LoRA, for grid.png: at its guidance and --base_guidance_scale."""
     reward: str = "imagereward"
     """Reward shown with the images if its weights are available: one or a weighted sum, as in training."""
     reward_path: str = "checkpoint"
@@ -50,6 +53,7 @@ def main() -> None:
     require(required_files(options.pretrained_model_name_or_path))
     rewards.parse(options.reward)  # raises for a wrong name
     metadata = read_metadata(options.lora_path)
+    [guidance] = drawing.find_guidance(options, [options.lora_path])
     options = drawing.apply_trained_settings(options, [options.lora_path])
     trained_for = metadata.get("reward", options.reward)
     if trained_for != options.reward:  # not used instead: a file must not name code to run
@@ -69,12 +73,13 @@ def main() -> None:
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     prompt_of_image = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
-    sides = ("before", "after") if options.compare else ("after",)
-    images, scores = {"before": [], "after": []}, dict.fromkeys(sides)
-    for side in reversed(sides):
-        if side == "before":
+    sides = find_sides(guidance, options)
+    images, scores = {side: [] for side in sides}, dict.fromkeys(sides)
+    for side, scale in reversed(sides.items()):
+        if side != "after":
             pipeline.disable_lora()
-        images[side], scores[side] = generate(side, pipeline, prompts, options, scorers)
+        guided = replace(options, guidance_scale=scale)
+        images[side], scores[side] = generate(side, pipeline, prompts, guided, scorers)
         if scores[side] is None:
             scorers = None
     print(f"{len(prompt_of_image)} images in {output}")
@@ -84,21 +89,33 @@ def main() -> None:
     if scorers:
         totals = {side: scorers.total(each).tolist() for side, each in scores.items()}
         report = summarise(scorers, scores, totals, prompt_of_image, options)
-        means = ", ".join(f"{side} {mean:+.3f}" for side, mean in report["mean"].items())
+        means = "; ".join(f"{side}: {mean:+.3f}" for side, mean in report["mean"].items())
         print(f"{options.reward}: {means}")
         write_whole(output / "rewards.json", json.dumps(report, indent=2) + "\n")
 
-    # ---- grid: before above after
+    # ---- grid: before above after, the prompt below both
     if options.compare:
-        captions = {
-            side: [
-                f"{side}  " + (f"{totals[side][index]:+.2f}  " if totals else "") + prompt_of_image[index]
+        captions = {}
+        for side, scale in sides.items():
+            label = f"{side.partition(',')[0]}, guidance {scale:g}"
+            captions[side] = [
+                label
+                + (f": {totals[side][index]:+.2f}" if totals else "")
+                + (f"\n{prompt_of_image[index]}" if side == "after" else "")
                 for index in range(len(images[side]))
             ]
-            for side in images
-        }
         save_image(pairs(images, captions, PAIRS_PER_ROW), output / "grid.png")
         print(f"before and after: {output / 'grid.png'}")
+
+
+def find_sides(guidance: float, options: Options) -> dict[str, float]:
+    """What to draw, from top to bottom of the grid, and the guidance of each."""
+    sides, base = {}, options.base_guidance_scale
+    if options.compare and base not in (None, guidance):
+        sides[f"before, guidance {base:g}"] = base
+    if options.compare:
+        sides["before"] = guidance
+    return sides | {"after": guidance}
 
 
 def generate(

@@ -3,6 +3,7 @@
 #
 #   bash train_refl_lora.sh                                   as below
 #   bash train_refl_lora.sh --learning_rate=3e-05 --rank 8    any option of refl_lora.py; the last one given wins
+#   bash train_refl_lora.sh --preset published                options from presets/published.json; --help lists more
 #   CUDA_VISIBLE_DEVICES=6,7 bash train_refl_lora.sh          choose the GPUs
 #   NUM_PROCESSES=1 bash train_refl_lora.sh                   choose how many processes
 #   bash train_refl_lora.sh --main_process_port 29501         choose the port (a free one is found otherwise)
@@ -24,7 +25,8 @@ fi
 # Options of the launcher are taken out; all others go to refl_lora.py.
 main_process_port=0 main_process_ip='' num_machines=1 machine_rank=0
 options=(--learning_rate=1e-04 --grad_scale 0.01)
-if [[ " $* " == *" --options_file"* || " $* " == *" --options-file"* ]]; then options=(); fi  # the file has them
+# A file of options may have its own values of these; where it has none, refl_lora.py has the same defaults.
+if [[ " $* " == *" --options"[_-]"file"* || " $* " == *" --preset"* ]]; then options=(); fi
 while (($#)); do
   name=${1%%=*}
   name=${name#--} name=${name//-/_}

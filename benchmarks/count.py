@@ -206,6 +206,7 @@ def memory_table(folders: tuple[str, str]) -> Iterator[str]:
             reward_path=folders[1],
             train_batch_size=batch_size,
             gradient_accumulation_steps=8 // batch_size,
+            guidance_scale=1.0,  # as published
         )
         dtype = DTYPES[precision]
         ours, low_memory = (

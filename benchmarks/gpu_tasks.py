@@ -171,6 +171,7 @@ def memory_count(options: Options) -> Result:
     own = TrainingOptions(
         pretrained_model_name_or_path=str(weights_folder(options) / "stable-diffusion-v1-4"),
         reward_path=str(weights_folder(options)), train_batch_size=2, gradient_accumulation_steps=4,
+        guidance_scale=1.0,
     )  # fmt: skip
     for precision in ("bf16", "fp32"):
         case = step.Case(resolution(options, 512), 2, precision)

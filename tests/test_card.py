@@ -30,6 +30,7 @@ def run(tiny, tmp_path_factory):
     (folder / "prompts.txt").write_text("a red cat\na blue dog\nthree green apples\n")
     prompts = [f"--prompts={folder / 'prompts.txt'}", f"--validation_prompts={folder / 'prompts.txt'}"]
     short = "--num_inference_steps 4 --min_stop 2 --max_stop 3 --max_train_steps 2 --num_validation_images 2"
+    short += " --guidance_scale 3 --draw_guidance_scale 4.5"
     with pytest.MonkeyPatch.context() as patch:
         output = f"--output_dir={folder / 'out'}"
         run_in_process(refl_lora, patch, *weight_options(tiny), *prompts, *short.split(), output)
@@ -98,6 +99,9 @@ def test_a_runs_card(folder):
         "prompts of `prompts.txt`, 3 of them",
         "No images were trained on",
         "--also_kohya",
+        "**Draw with guidance 4.5**: `guidance_scale=4.5` in diffusers, CFG scale 4.5 in A1111 and ComfyUI.",
+        "The LoRA was trained with guidance 3.0.",
+        "guidance_scale=4.5, height=64",
         "curves.png",
         "validation_after.png",
         "**Validation reward ",
@@ -120,7 +124,7 @@ def test_its_code_runs(folder, tiny):
     text = read(folder)
     assert f"[{KOHYA_FILE}]" in text and "--also_kohya" not in text
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    assert "DDPMScheduler" in code and "num_inference_steps=4, guidance_scale=1.0, height=64" in code
+    assert "DDPMScheduler" in code and "num_inference_steps=4, guidance_scale=4.5, height=64" in code
     code = code.replace("path/to/the/base/model", str(tiny / "stable-diffusion-v1-4"))
     ran = run_script(
         sys.executable, "-c", f"import os; os.chdir({str(folder)!r})\n{code}", HF_HUB_OFFLINE="1"
@@ -132,7 +136,7 @@ def test_its_code_runs(folder, tiny):
 def test_an_evaluation_stays_with_its_lora(folder, evaluation):
     card.write(folder, evaluation)
     text = read(folder)
-    assert "**Mean reward +1.000 → +1.500**" in text and "in 75% of images" in text
+    assert "**Mean reward +1.000 → +1.500** at guidance 7.5" in text and "in 75% of images" in text
     assert "| reward | 1.000 | 1.500 | +0.500 | +0.250 to +0.750 | 75% | 5% | 20% |" in text
     assert "| diversity | 0.250 | 0.250 | -0.125 | -0.200 to +0.100 | | | |" in text
     assert text.index("**refl&#95;lora**") < text.index("**half**") < text.index("**oth&#124;er**")
@@ -145,6 +149,35 @@ def test_an_evaluation_stays_with_its_lora(folder, evaluation):
     card.write(folder)
     text = read(folder)
     assert "Of an earlier LoRA" in text and "+0.500" in text and "**Mean reward" not in text
+
+
+def test_every_base_model_is_in_the_card(folder, evaluation):
+    file = evaluation / "evaluation.json"
+    about = json.loads(file.read_text())
+    shown = about["cases"][3]
+    base = about["cases"][0] | {"name": "base guidance 3", "guidance_scale": 3.0}
+    base["means"] = base["means"] | {"reward": {"mean": 0.75, "low": 0.5, "high": 1.5}}
+    against = {"reward": shown["against_base"]["reward"] | {"difference": 0.625}}
+    about["cases"][3] = shown | {"guidance_scale": 3.0, "against_default_base": against}
+    about |= {"cases": [*about["cases"], base], "base_guidance_scale": 7.5, "best_against_best": None}
+    file.write_text(json.dumps(about))
+    card.write(folder, evaluation)
+    text = read(folder)
+    assert "**Mean reward +0.750 → +1.500** at guidance 3, a difference of +0.500" in text
+    assert "The base model at guidance 7.5 has +1.000." in text
+    assert text.index("| reward | 0.750 | 1.500 | +0.500 |") < text.index(
+        "| reward | 1.000 | 1.500 | +0.625 |"
+    )
+    assert "Best against best" not in text
+
+    best = {"criterion": "reward", "base": 0, "loras": [{"case": 3, "against_best_base": against},
+                                                        {"case": 1, "against_best_base": {}}]}  # fmt: skip
+    file.write_text(json.dumps(about | {"best_against_best": best}))
+    card.write(folder, evaluation)
+    text = read(folder)
+    assert "**Best against best**: the base model at guidance 7.5, the LoRA at guidance 3 and scale 1" in text
+    assert text.count("Best against best") == 1  # of this folder's LoRA alone
+    assert text.count("| reward | 1.000 | 1.500 | +0.625 |") == 1
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"cases": [{}]}', '{"cases": 3}', "{}"])

@@ -53,7 +53,7 @@ def test_the_command_prints_a_table(tiny, tmp_path, monkeypatch, capsys):
 
 def test_the_options_of_a_run_may_all_be_given(options, monkeypatch, capsys, tmp_path):
     saved = dataclasses.asdict(options) | {"reward": "nothing", "train_batch_size": 3}
-    del saved["options_file"], saved["main_process_port"]
+    del saved["preset"], saved["options_file"], saved["main_process_port"]
     (tmp_path / "options.json").write_text(json.dumps(saved))
     for given in ([f"--{name}={saved[name]}" for name in ("reward", "reward_path", "train_batch_size")],
                   [f"--options_file={tmp_path / 'options.json'}"]):  # fmt: skip
@@ -65,6 +65,19 @@ def test_the_options_of_a_run_may_all_be_given(options, monkeypatch, capsys, tmp
         assert "FAIL  files      --reward nothing: nothing is not" in out
         assert "FAIL  options    --learning_rate -1.0: must be positive." in out
         assert "pass  port" in out
+
+
+def test_a_preset_and_the_guidance(monkeypatch, capsys):
+    run = run_command(
+        refl.__main__, monkeypatch, capsys, "doctor", "--preset", "published", "--num_processes=2"
+    )
+    assert "not checked: --num_processes=2" in run.stdout
+    assert "pass  options    100 steps of 32 images per process, guidance 1\n" in run.stdout
+    guided = ["--guidance_scale=3", "--draw_guidance_scale=5"]
+    run = run_command(refl.__main__, monkeypatch, capsys, "doctor", *guided)
+    assert "per process, guidance 3 in training and 5 in drawing\n" in run.stdout
+    run = run_command(refl.__main__, monkeypatch, capsys, "doctor", "--preset", "x")
+    assert run.returncode == 2 and run.stderr.startswith("error: --preset x: no such preset; there are ")
 
 
 def test_every_check_passes(options):

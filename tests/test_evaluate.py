@@ -19,7 +19,8 @@ from refl.model.lora import LORA_FILE, add_lora
 from refl.model.pipeline import generate, load_lora, load_pipeline
 from refl.model.stable_diffusion import load_stable_diffusion
 from refl.report import page, statistics
-from refl.report.cases import find_loras, image_seed
+from refl.report.cases import Lora, find_cases, find_loras, image_seed
+from refl.report.results import REWARD, Results, best_comparisons, compare
 from refl.system.errors import UserError
 
 import numpy as np
@@ -132,7 +133,8 @@ def options(tiny, world, monkeypatch):
     monkeypatch.syspath_prepend(str(world))
     return [
         *weight_options(tiny), f"--prompts={world / 'prompts.txt'}", "--held_out_reward=held_out:red:2",
-        *"--num_images_per_prompt 2 --num_inference_steps 2 --guidance_scale 2 --batch_size 4".split(),
+        *"--num_images_per_prompt 2 --num_inference_steps 2 --batch_size 4".split(),
+        *"--guidance_scale 2 --base_guidance_scale None".split(),
     ]  # fmt: skip
 
 
@@ -169,6 +171,7 @@ def test_what_is_written(options, world, tiny, tmp_path, monkeypatch, capsys):
     assert base["name"] == "base" and base["lora_path"] is None and base["against_base"] is None
     rows = read_rows(tmp_path / "images.csv")
     assert len(rows) == 3 * 3 * 2 and [row["seed"] for row in rows[:6]] == [row["seed"] for row in rows[6:12]]
+    assert all((tmp_path / "images" / case["folder"] / "2_1.png").exists() for case in found["cases"])
     for case in others:  # the figures, from the table of images
         scores = [[float(r["held_out.red"]) for r in rows if r["case"] == n] for n in (case["name"], "base")]
         own, without = np.array(scores)
@@ -222,12 +225,14 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_a_sweep_and_its_report(options, world, tmp_path, monkeypatch, count_drawn):
+def test_a_sweep_and_its_report(options, world, tmp_path, monkeypatch, capsys, count_drawn):
     sweep = ["--sweep_lora_scale", "0,0.5,1", "--sweep_guidance", "1,2", "--num_prompts", "2"]
     run_in_process(
         evaluate, monkeypatch, *options, *sweep, "--output_dir", tmp_path, "--lora_paths", world / "lora"
     )
-    cases = json.loads((tmp_path / "evaluation.json").read_text())["cases"]
+    shown = capsys.readouterr().out
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    cases = evaluation["cases"]
     assert [case["name"] for case in cases] == [
         "base guidance 1", "base guidance 2", "lora scale 0.5 guidance 1", "lora scale 0.5 guidance 2",
         "lora scale 1 guidance 1", "lora scale 1 guidance 2",
@@ -244,6 +249,10 @@ def test_a_sweep_and_its_report(options, world, tmp_path, monkeypatch, count_dra
     assert len(page.images) >= 8 and all(image["alt"] and "base64," in image["src"] for image in page.images)
     for measure in ("reward", "held_out.red", "diversity"):
         assert f"{measure} by scale and guidance" in text
+    best = evaluation["best_against_best"]
+    assert best["criterion"] == "held_out.red" and len(best["loras"]) == 2  # scales
+    assert "highest held_out.red" in shown and "Best against best" in text
+    assert "own guidance" not in text  # the base model at its own guidance is among the best
     # Without the sweep: the same images, none drawn again.
     count_drawn.clear()
     run_in_process(
@@ -251,6 +260,83 @@ def test_a_sweep_and_its_report(options, world, tmp_path, monkeypatch, count_dra
         world / "lora",
     )  # fmt: skip
     assert not count_drawn
+
+
+def test_each_lora_is_drawn_with_its_guidance_and_no_base_is_left_out(
+    options, tiny, tmp_path, monkeypatch, capsys
+):
+    loras = [
+        make_lora(tiny, tmp_path / "one", 2, guidance_scale=1.0),
+        make_lora(tiny, tmp_path / "three", 3, guidance_scale=2.0, draw_guidance_scale=3.0),
+        make_lora(tiny, tmp_path / "other", 4, guidance_scale="many"),
+    ]
+    run = [*options, "--guidance_scale=None", "--base_guidance_scale=7.5", "--output_dir", tmp_path / "out"]
+    run_in_process(evaluate, monkeypatch, *run, "--lora_paths", *loras)
+    shown = capsys.readouterr().out
+    assert f"guidance 3 (named by the LoRA's file): {loras[1]}\n" in shown
+    assert f"guidance 7.5 (the default; the LoRA's file names none): {loras[2]}\n" in shown
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    bases = ["base guidance 1", "base guidance 3", "base guidance 7.5"]
+    names = [*bases, "one guidance 1", "three guidance 3", "other guidance 7.5"]
+    assert [case["name"] for case in evaluation["cases"]] == names
+    rows = read_rows(tmp_path / "out" / "images.csv")
+    scores = {name: [float(row["reward"]) for row in rows if row["case"] == name] for name in names}
+    for case, base in zip(evaluation["cases"][3:], bases, strict=True):
+        own = np.array(scores[case["name"]])
+        for against, other in (("against_base", base), ("against_default_base", bases[2])):
+            if against == "against_default_base" and base == other:
+                assert case[against] is None
+                continue
+            expected = (own - scores[other]).mean()
+            found = case[against]["reward"]
+            assert found["difference"] == pytest.approx(expected, abs=1e-6)
+            assert found["low"] <= found["difference"] <= found["high"]
+            assert found["win"] == (own - scores[other] > 0.01).sum()
+            difference = f"{found['difference']:+.3f}"
+            assert re.search(rf"{re.escape(difference)} .*%", shown), difference
+            assert difference in (tmp_path / "out" / "report.html").read_text()
+    assert "Against the base model at its own guidance, 7.5" in (tmp_path / "out" / "report.html").read_text()
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.height > 3 * 256  # both bases above the LoRA
+
+    run_in_process(evaluate, monkeypatch, *run, "--guidance_scale=7.5", "--lora_paths", loras[0])
+    shown = capsys.readouterr().out
+    assert "guidance 7.5 (--guidance_scale; the LoRA's file names 1)\n" in shown
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [case["name"] for case in evaluation["cases"]] == ["base", "one"]
+
+
+def made_up_results(criterion: str) -> Results:
+    """Two LoRAs and the base model at three guidances, with scores from a fixed random stream."""
+    loras = [Lora(name, name, name, None) for name in "ab"]
+    cases = find_cases(loras, 1.0, [1, 1], 7.5, sweep_guidance="1,2,3")
+    generator = np.random.default_rng(0)
+    scores = {name: generator.normal(size=(len(cases), 20, 2)) for name in (REWARD, "judge")}
+    return Results(cases, 4, ["p"] * 20, [], [REWARD, "judge"], scores, None, 7.5, criterion)
+
+
+@pytest.mark.parametrize("criterion", [REWARD, "judge"])
+def test_the_best_is_compared_with_the_best(criterion):
+    results = made_up_results(criterion)
+    means = results.scores[criterion].mean((1, 2))
+    evaluation = compare(results, 0.01)
+    best = evaluation["best_against_best"]
+    assert best["criterion"] == criterion and best["base"] == means[:4].argmax()  # 7.5 is a chance as well
+    assert [own["case"] for own in best["loras"]] == [4 + means[4:7].argmax(), 7 + means[7:].argmax()]
+    for (case, base, differences), own in zip(best_comparisons(evaluation), best["loras"], strict=True):
+        assert evaluation["cases"].index(case) == own["case"]
+        assert evaluation["cases"].index(base) == best["base"]
+        for name, scores in results.scores.items():
+            by_image = scores[own["case"]] - scores[best["base"]]
+            _, low, high = statistics.bootstrap(by_image.mean(1))
+            found = differences[name]
+            assert found["difference"] == pytest.approx(by_image.mean())
+            assert (found["low"], found["high"]) == pytest.approx((low, high))
+            assert {key: found[key] for key in ("win", "tie", "loss")} == statistics.outcomes(by_image, 0.01)
+    for case in evaluation["cases"][4:]:
+        assert case["against_default_base"]["judge"]["difference"] == pytest.approx(
+            case["means"]["judge"]["mean"] - evaluation["cases"][3]["means"]["judge"]["mean"]
+        )
 
 
 def test_curves_by_training_step_and_names_that_are_not_markup(options, world, tmp_path, monkeypatch):
@@ -403,12 +489,11 @@ def test_names_are_short_and_no_lora_counts_twice(world, tiny, tmp_path, capsys)
 
 def test_as_trained_is_one_way(options, world, tiny, tmp_path, monkeypatch):
     trained = {"guidance_scale": 3.0, "sampler": "ddim", "num_inference_steps": 2, "lora_in_uncond": False}
-    lora = make_lora(tiny, tmp_path / "lora", 2, **trained)
-    other = make_lora(tiny, tmp_path / "other", 2, **trained | {"guidance_scale": 1.0})
-    run = [*options, "--as_trained", "--output_dir", tmp_path / "out", "--lora_paths", lora]
-    with pytest.raises(
-        UserError, match="lora was trained with --guidance_scale 3.0, .*other with --guid.* 1.0"
-    ):
+    lora = make_lora(tiny, tmp_path / "lora", 2, **trained, draw_guidance_scale=5.0)
+    other = make_lora(tiny, tmp_path / "other", 2, **trained | {"sampler": "ddpm"})
+    run = [*options, "--guidance_scale=None", "--as_trained", "--output_dir", tmp_path / "out"]
+    run += ["--lora_paths", lora]
+    with pytest.raises(UserError, match="lora was trained with --sampler ddim, .*other with --sampler ddpm"):
         run_in_process(evaluate, monkeypatch, *run, other)
     assert not (tmp_path / "out").exists()
     run_in_process(evaluate, monkeypatch, *run, "--num_prompts", "1")

@@ -266,22 +266,29 @@ def test_validation_shows_diversity_and_shrinkage_shrinks(training_options, tmp_
         torch.testing.assert_close(shrunk[name], value / 2 if ".up." in name else value, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("guidance_scale", [0.5, 3.0])
-@pytest.mark.parametrize("guidance_in", ["rollout", "gradient", "both"])
-def test_validation_is_guided_throughout(training_options, monkeypatch, guidance_scale, guidance_in):
+@pytest.mark.parametrize(
+    ("guidance_scale", "guidance_in", "drawn_with"),
+    [(0.5, "rollout", None), (3.0, "gradient", None), (3.0, "both", None), (3.0, "gradient", 5.0),
+     (3.0, "both", 1.0), (1.0, "both", 5.0)],
+)  # fmt: skip
+def test_validation_is_guided_throughout(
+    training_options, monkeypatch, guidance_scale, guidance_in, drawn_with
+):
     scales, predict, validate = [], Models.predict, Validator.__call__
     monkeypatch.setattr(Models, "predict", lambda *a: scales.append(a[4]) or predict(*a))
 
     def watched(*arguments):
         before = len(scales)
         validation = validate(*arguments)
-        assert set(scales[before:]) == {guidance_scale}
+        assert set(scales[before:]) == {drawn_with or 1.5 * guidance_scale}
         return validation
 
     monkeypatch.setattr(Validator, "__call__", watched)
     guided = ["--guidance_scale", guidance_scale, "--guidance_in", guidance_in, "--max_train_steps", 1]
+    guided += ["--draw_guidance_scale", drawn_with]
     run_in_process(refl_lora, monkeypatch, *training_options, *guided)
-    assert (1.0 in scales) == (guidance_in != "both")
+    assert (1.0 in scales) == (guidance_in != "both" or 1.0 in (guidance_scale, drawn_with))
+    assert guidance_scale in scales
 
 
 def test_diversity_is_the_mean_distance_of_all_pairs():

@@ -44,6 +44,7 @@ def options(tiny):
         reward_path=str(tiny),
         train_batch_size=3,
         gradient_accumulation_steps=2,
+        guidance_scale=1.0,
     )
 
 

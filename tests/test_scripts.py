@@ -15,6 +15,7 @@ import refl_lora
 from refl.model import drawing
 from refl.model.lora import read_metadata
 from refl.report.log import LAYOUT
+from refl.reward import imagereward
 from refl.system.errors import UserError
 from refl.train import models
 from refl.train.options import Options
@@ -51,7 +52,7 @@ def train_both_ways(tiny, folder):
         f"--prompts={folder / 'prompts.json'}",
         "--reward=imagereward:0.9,scripts_reward:red:0.1",
         *"--num_inference_steps 4 --min_stop 1 --max_stop 3 --max_train_steps 3".split(),
-        *"--rank 3 --lora_alpha 6".split(),
+        *"--rank 3 --lora_alpha 6 --guidance_scale 1 --draw_guidance_scale 2".split(),
         *"--gradient_accumulation_steps 2 --num_validation_images 3 --validation_steps 2".split(),
         *"--lr_scheduler cosine --lr_warmup_steps 1 --learning_rate=1e-2".split(),
         *SMOOTH,
@@ -85,7 +86,8 @@ def test_a_run_writes_these_files_and_no_others(trained):
     metadata = read_metadata(trained / "world2")
     assert metadata.items() >= {
         "step": 3, "rank": 3, "lora_alpha": 6.0, "reward": "imagereward:0.9,scripts_reward:red:0.1",
-        "guidance_scale": 1.0, "sampler": "ddpm", "num_inference_steps": 4, "resolution": 64,
+        "guidance_scale": 1.0, "draw_guidance_scale": 2.0,
+        "sampler": "ddpm", "num_inference_steps": 4, "resolution": 64,
     }.items()  # fmt: skip
     assert metadata["base_model"].endswith("stable-diffusion-v1-4")
 
@@ -227,7 +229,8 @@ def draw_both_ways(tiny, trained, folder):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         run_in_process(inference, patch, "--output_dir", folder / "sd14", *common)
         run_in_process(inference_lora, patch, *lora, *common)
-    assert "--guidance_scale 1.0" in printed.getvalue()  # trained otherwise than drawn: said
+    assert "guidance 2 (named by the LoRA's file)" in printed.getvalue()
+    assert "trained with --sampler ddpm" in printed.getvalue()  # otherwise than drawn: said
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +239,7 @@ def drawn(shared, tiny, trained):
     return shared("drawn", lambda folder: draw_both_ways(tiny, trained, folder))
 
 
-def test_inference_draws_the_same_images_with_and_without_lora(drawn):
+def test_inference_draws_the_same_images_with_and_without_lora(drawn, tiny):
     names = [f"{index}.png" for index in range(6)]
     assert sorted(path.name for path in (drawn / "sd14").iterdir()) == names
     assert sorted(path.name for path in (drawn / "lora").iterdir()) == [*names, "grid.png", "rewards.json"]
@@ -245,17 +248,23 @@ def test_inference_draws_the_same_images_with_and_without_lora(drawn):
     assert len({image.tobytes() for image in images[0]}) == 6  # six seeds, six images
     assert all((before != after).any() for before, after in zip(*images, strict=True))
     rewards = json.loads((drawn / "lora" / "rewards.json").read_text())
+    assert list(rewards["mean"]) == ["before, guidance 7.5", "before", "after"]
+    # At its own guidance the base model draws the images of inference.py, up to rounding.
+    scorer, rows = imagereward.load(tiny), rewards["images"]
+    scores = [scorer.score(row["prompt"], drawn / "sd14" / row["file"]) for row in rows]
+    own, other = (np.subtract([row[s] for row in rows], scores) for s in ("before, guidance 7.5", "before"))
+    assert np.linalg.norm(own) < 0.2 * np.linalg.norm(other)
     assert [row["seed"] for row in rewards["images"]] == list(range(11, 17))
     assert [row["prompt"] for row in rewards["images"]] == ["a red cat"] * 3 + ["two dogs"] * 3
     assert rewards["mean"]["before"] == pytest.approx(np.mean([row["before"] for row in rewards["images"]]))
     grid = Image.open(drawn / "lora" / "grid.png")
-    assert grid.width > 5 * 256 and grid.height > 4 * 256  # five pairs a row, before above after
+    assert grid.width > 5 * 256 and grid.height > 6 * 256  # five columns, twice before above after
 
 
 def test_inference_lora_at_scale_zero_is_inference(drawn, trained, tiny, tmp_path, monkeypatch):
     run_in_process(
         inference_lora, monkeypatch, "--lora_path", trained / "world2", "--lora_scale", "0", "--no_compare",
-        "--output_dir", tmp_path, *weight_options(tiny),
+        "--output_dir", tmp_path, *weight_options(tiny), "--guidance_scale", "7.5",
         *"--num_images_per_prompt 3 --num_inference_steps 4 --seed 11 --prompt".split(),
         "a red cat", "two dogs",
     )  # fmt: skip
@@ -264,6 +273,34 @@ def test_inference_lora_at_scale_zero_is_inference(drawn, trained, tiny, tmp_pat
             np.asarray(Image.open(folder / f"{index}.png"), int) for folder in (tmp_path, drawn / "sd14")
         )
         assert abs(ours - base).max() <= 1
+
+
+def test_the_guidance_can_be_given(trained, tiny, tmp_path, monkeypatch, capsys):
+    drawn, generate = [], drawing.generate
+
+    def watched(pipeline, prompts, seeds, steps, guidance_scale, resolution):
+        drawn.append((guidance_scale, any(pipeline.get_list_adapters().values())))
+        return generate(pipeline, prompts, seeds, steps, guidance_scale, resolution)
+
+    monkeypatch.setattr(drawing, "generate", watched)
+    run = ["--lora_path", trained / "world2", *weight_options(tiny), "--output_dir", tmp_path]
+    run += "--num_images_per_prompt 1 --num_inference_steps 2".split()
+    for options, scales, said in (
+        ([], [2, 2, 7.5], "guidance 2 (named"),
+        (["--as_trained"], [1, 1, 7.5], "guidance 1 (named"),
+        (
+            ["--guidance_scale", "3", "--as_trained"],
+            [3, 3, 7.5],
+            "guidance 3 (--guidance_scale; the LoRA's file",
+        ),
+        (["--guidance_scale", "7.5"], [7.5, 7.5], "guidance 7.5 (--guidance_scale; the LoRA's file names 2)"),
+        (["--base_guidance_scale", "None"], [2, 2], "guidance 2 (named"),
+        (["--no_compare"], [2], "guidance 2 (named"),
+    ):
+        drawn.clear()
+        run_in_process(inference_lora, monkeypatch, *run, *options)
+        assert [scale for scale, _ in drawn] == scales
+        assert said in capsys.readouterr().out
 
 
 def test_inference_lora_does_without_the_reward(trained, tiny, tmp_path, monkeypatch, capsys):
@@ -423,9 +460,15 @@ def test_processes_and_precision_are_those_of_the_visible_gpus(wrapper):
     assert "--mixed_precision bf16" in two
     assert two.endswith("--learning_rate=1e-04 --grad_scale 0.01 --rank=8")
     assert "--mixed_precision fp16" in command("0,1")
-    one = command("GPU-8932f937,-1,1", given="--options_file=a.json --rank=8")
-    assert one.startswith("bf16 /")
-    assert one.endswith("refl_lora.py --options_file=a.json --rank=8")  # the file has the wrapper's
+    default = Options()
+    assert (default.learning_rate, default.grad_scale) == (
+        1e-4,
+        0.01,
+    )  # so a file without them changes nothing
+    for file in ("--options-file a.json", "--preset=a"):
+        one = command("GPU-8932f937,-1,1", given=f"--seed 1 {file} --rank=8")
+        assert one.startswith("bf16 /")
+        assert one.endswith(f"refl_lora.py --seed 1 {file} --rank=8")
     assert command("-1").startswith("no /")
     assert command("0", given="--rank 8 --help").endswith("refl_lora.py --help")
 

@@ -171,7 +171,10 @@ def evaluate(name: str, options: str, loras: Sequence[Path], folder: Path) -> di
     output = folder / slug(f"judged {name}".strip())
     command = [sys.executable, "evaluate.py", *WORLD.split(), "--prompts=demo/prompts/held_out.txt"]
     command += "--sampler ddpm --num_inference_steps 20 --batch_size 48".split() + options.split()
-    command += ["--held_out_reward=judge:all_right,judge:colour,judge:shape,judge:background"]
+    command += [
+        "--base_guidance_scale=None",
+        "--held_out_reward=judge:all_right,judge:colour,judge:shape,judge:background",
+    ]
     command += [f"--output_dir={output}", "--lora_paths", *map(str, loras)]
     if status := subprocess.run(command).returncode:
         sys.exit(f"evaluate.py failed with exit code {status}")

@@ -1,12 +1,13 @@
 """Options and batched generation shared by inference.py, inference_lora.py and evaluate.py."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, TypeVar
 
 from refl.model.folder import check_model, resolution_of
-from refl.model.lora import read_metadata
+from refl.model.lora import guidance_of, read_metadata
 from refl.model.pipeline import generate, load_pipeline
 from refl.system import devices
 from refl.system.errors import UserError, is_first_process
@@ -20,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-AS_TRAINED = ("guidance_scale", "sampler", "num_inference_steps", "resolution", "lora_in_uncond")
+AS_TRAINED = ("sampler", "num_inference_steps", "resolution", "lora_in_uncond")  # taken by --as_trained
 
 
 @dataclass
@@ -63,13 +64,20 @@ class DrawingOptions(ImageOptions):
 class LoraOptions:
     """Options of scripts that apply a LoRA."""
 
+    guidance_scale: float | None = None
+    """Scale of classifier-free guidance; 1: no guidance.
+    None: the one that the LoRA's file names, or 7.5 if it names none."""
+    base_guidance_scale: float | None = ImageOptions.guidance_scale
+    """Compare also with the base model at this guidance, by default that of inference.py.
+    None: only with the base model at the LoRA's guidance."""
     lora_scale: float = 1.0
     """Scale of the LoRA; 0 is the base model."""
     lora_in_uncond: bool = True
     """Also apply the LoRA to guidance's prediction for the empty prompt, as diffusers does.
     In the demo world images were worse without it, for all ways to train the LoRA."""
     as_trained: bool = False
-    """Use the guidance, sampler, steps and resolution that the LoRA was trained with."""
+    """Draw as in training: its sampler, steps, resolution and lora_in_uncond replace these options.
+    The guidance is then also that of the training, unless --guidance_scale is given."""
 
 
 AnyOptions = TypeVar("AnyOptions", bound=LoraOptions)
@@ -98,8 +106,32 @@ def check_images(options: ImageOptions) -> None:
     check_output_folder(options.output_dir)
 
 
+def find_guidance(options: LoraOptions, lora_paths: Sequence[str], is_quiet: bool = False) -> list[float]:
+    """Find the guidance to draw with, LoRA by LoRA, and print it with the reason unless `is_quiet`.
+
+    It is --guidance_scale; without it what the LoRA's file says, or else the default of inference.py.
+    """
+    found, paths_by_text = [], defaultdict(list)
+    for path in lora_paths:
+        named = guidance_of(read_metadata(path), in_training=options.as_trained)
+        if options.guidance_scale is not None:
+            scale, reason = options.guidance_scale, "--guidance_scale"
+            if named not in (None, scale):
+                reason += f"; the LoRA's file names {named:g}"
+        elif named is not None:
+            scale, reason = named, "named by the LoRA's file"
+        else:
+            scale, reason = ImageOptions.guidance_scale, "the default; the LoRA's file names none"
+        found.append(scale)
+        paths_by_text[f"guidance {scale:g} ({reason})"].append(path)
+    if is_first_process() and not is_quiet:
+        for text, paths in paths_by_text.items():
+            print(text if len(paths_by_text) == 1 else f"{text}: {', '.join(paths)}")
+    return found
+
+
 def apply_trained_settings(options: AnyOptions, lora_paths: Sequence[str]) -> AnyOptions:
-    """Apply --as_trained: return the options with the settings that the LoRAs were trained with.
+    """Apply --as_trained: return the options with `AS_TRAINED` as the LoRAs were trained.
 
     Without it, print a note about settings that differ from the training's. Raises `UserError` for
     --as_trained with LoRAs of different settings.

@@ -1,6 +1,7 @@
 """LoRA (Hu et al. 2021): add to a UNet, pack, unpack, convert; files and their metadata."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -124,3 +125,11 @@ def read_metadata(path: str | Path) -> dict:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is damaged or is not a safetensors file ({error}).") from error
     return metadata if isinstance(metadata, dict) else {}
+
+
+def guidance_of(metadata: dict, in_training: bool = False) -> float | None:
+    """The guidance to draw with, or that of the training; None for a LoRA from elsewhere."""
+    scale = None if in_training else metadata.get("draw_guidance_scale")
+    scale = metadata.get("guidance_scale") if scale is None else scale
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
+    return float(scale) if is_number else None

@@ -14,7 +14,6 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from refl.system.errors import UserError, is_first_process
 from refl.system.files import check_output_folder, require
 from refl.system.prompts import read_prompts
 from refl.train.options import Options as TrainingOptions
-from refl.train.options import check_values, read_options, saved_arguments
+from refl.train.options import check_values, describe, expand, read_options
 
 import torch
 
@@ -53,7 +52,10 @@ def check_options(options: TrainingOptions) -> str:
     """Check the values of the options."""
     check_values(options)
     images = options.train_batch_size * options.gradient_accumulation_steps
-    return f"{options.max_train_steps} steps of {images} images per process"
+    guidance = f"guidance {options.guidance_scale:g}"
+    if options.drawn_with != options.guidance_scale:
+        guidance += f" in training and {options.drawn_with:g} in drawing"
+    return f"{options.max_train_steps} steps of {images} images per process, {guidance}"
 
 
 def check_versions(options: Any) -> str:
@@ -261,12 +263,10 @@ def main() -> None:
     """Print a table of all checks; exit code 2 if one fails."""
     import tyro
 
-    read = partial(
-        tyro.cli, Options, prog="python -m refl doctor", use_underscores=True, return_unknown_args=True
-    )
-    options, others = read()
-    if options.options_file:
-        options, others = read(args=[*saved_arguments(options.options_file), *sys.argv[1:]])
+    options, others = tyro.cli(
+        Options, prog="python -m refl doctor", args=expand(sys.argv[1:]), description=describe(Options),
+        use_underscores=True, return_unknown_args=True,
+    )  # fmt: skip
     if others:
         print(f"not checked: {' '.join(others)}")
     failed = False

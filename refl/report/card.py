@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from refl.model.lora import KOHYA_FILE, LORA_FILE, read_metadata
+from refl.model.lora import KOHYA_FILE, LORA_FILE, guidance_of, read_metadata
 from refl.model.pipeline import SAMPLERS
+from refl.report.results import best_comparisons, comparisons
 from refl.system import checkpoints
 from refl.system.errors import UserError
 from refl.system.files import write_whole
@@ -75,11 +76,14 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
         if evaluation and not cases:
             raise LookupError("no LoRA in it")
         is_current = bool(cases) and cases[0][0]["lora_sha256"] == digest
-        card = _render(facts | {"cases": cases, "is_current": is_current})
+        best = [
+            one for one in best_comparisons(results) if one[0]["lora_sha256"] == cases[0][0]["lora_sha256"]
+        ]
+        card = _render(facts | {"cases": cases, "best": best, "is_current": is_current})
     except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         if evaluation:
             raise UserError(f"--evaluation {evaluation}: no readable {EVALUATION} in this folder.") from error
-        card = _render(facts | {"cases": [], "is_current": False})
+        card = _render(facts | {"cases": [], "best": [], "is_current": False})
     try:
         for name, content in (files | {FILE: card}).items():
             write_whole(folder / name, content)
@@ -119,6 +123,7 @@ def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:
         "is_sd14": _is_sd14(lora, str(metadata.get("base_model"))),
         "sampler": getattr(SAMPLERS.get(str(metadata.get("sampler"))), "__name__", None),
         "drawing": _drawing(metadata),
+        "guidance": guidance_of(metadata),
         "lora_file": lora.name,
         "kohya_file": KOHYA_FILE,
         "has_kohya": (folder / KOHYA_FILE).is_file(),
@@ -179,10 +184,14 @@ def _is_sd14(lora: Path, base_model: str) -> bool:
 
 
 def _drawing(metadata: dict) -> str:
-    """Format the pipeline's arguments that generate images as in training."""
+    """Format the pipeline's arguments that draw for what the LoRA was trained."""
     side = metadata.get("resolution")
-    arguments = {name: metadata.get(name) for name in ("num_inference_steps", "guidance_scale")}
-    arguments |= {"height": side, "width": side}
+    arguments = {
+        "num_inference_steps": metadata.get("num_inference_steps"),
+        "guidance_scale": guidance_of(metadata),
+        "height": side,
+        "width": side,
+    }
     return "".join(f", {name}={value}" for name, value in arguments.items() if isinstance(value, int | float))
 
 
@@ -218,16 +227,18 @@ def _data(options: dict, fingerprint: dict) -> list[str]:
     return lines
 
 
-def _cases(evaluation: dict, digest: str) -> list[tuple[dict, dict]]:
-    """Each case with a LoRA and the base model at the same guidance. The LoRA with SHA-256 `digest` comes
-    first, starting with the case that the report shows."""
+def _cases(evaluation: dict, digest: str) -> list[tuple[dict, list[tuple[dict, dict]]]]:
+    """Each case with a LoRA, and what it is compared with. The LoRA with SHA-256 `digest` comes first,
+    starting with the case that the report shows."""
     if not evaluation:
         return []
-    bases = {case["guidance_scale"]: case for case in evaluation["cases"] if case["lora_path"] is None}
     shown = evaluation["cases"][evaluation["shown"]]
-    loras = [case for case in evaluation["cases"] if case["against_base"]]
-    loras.sort(key=lambda case: (case["lora_sha256"] != digest, case is not shown))
-    return [(case, bases[case["guidance_scale"]]) for case in loras]
+    loras = [
+        (case, comparisons(evaluation, index))
+        for index, case in enumerate(evaluation["cases"])
+        if case["against_base"]
+    ]
+    return sorted(loras, key=lambda item: (item[0]["lora_sha256"] != digest, item[0] is not shown))
 
 
 # ------------------------------------------------------------------------------------------------------- text

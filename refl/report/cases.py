@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 from refl.model.lora import LORA_FILE, lora_file, read_metadata
@@ -81,33 +82,38 @@ def find_loras(paths: Sequence[str]) -> list[Lora]:
 def find_cases(
     loras: Sequence[Lora],
     lora_scale: float,
-    guidance_scale: float,
+    guidance_scales: Sequence[float],
+    base_guidance_scale: float | None = None,
     sweep_lora_scale: str | None = None,
     sweep_guidance: str | None = None,
 ) -> list[Case]:
     """List the base model at each guidance, then each LoRA at each scale and guidance.
 
-    A sweep takes the place of the single value. Scale 0 is the base model, so it adds no case. Raises
-    `UserError` for values that are not finite and if nothing is left to compare with the base model.
+    `guidance_scales` has the guidance of each LoRA; the base model is drawn at all of them and, if it is
+    given, at `base_guidance_scale`. A sweep takes the place of `lora_scale` or `guidance_scales`. Scale 0 is
+    the base model, so it adds no case. Raises `UserError` for values that are not finite and if nothing is
+    left to compare with the base model.
     """
     scales = _read_sweep("sweep_lora_scale", sweep_lora_scale) or [lora_scale]
-    guidances = _read_sweep("sweep_guidance", sweep_guidance) or [guidance_scale]
-    if not all(map(math.isfinite, (*scales, *guidances))):
+    swept = _read_sweep("sweep_guidance", sweep_guidance)
+    guidances = [swept or [guidance] for guidance in guidance_scales]  # of each LoRA
+    of_base = set(chain(*guidances, [] if base_guidance_scale is None else [base_guidance_scale]))
+    if not all(map(math.isfinite, (*scales, *of_base))):
         raise UserError("scales and guidances, swept or not, must be finite numbers.")
     if not any(scales):
         raise UserError("--lora_scale 0 is the model without the LoRA: there is nothing to compare it with.")
     cases = []
-    for lora, scale in [(None, 0.0), *((lora, scale) for lora in loras for scale in scales if scale)]:
-        name, folder = "base", "base"
-        if lora:
-            name = lora.name
-            label = re.sub(r"[^\w.-]", "_", Path(name).name)
-            folder = f"{label}-{lora.digest[:12]}_scale_{scale:.12g}"
-        if lora and sweep_lora_scale:
-            name += f" scale {scale:.12g}"
-        for guidance in guidances:
-            full_name = f"{name} guidance {guidance:.12g}" if sweep_guidance else name
-            cases.append(Case(full_name, f"{folder}_guidance_{guidance:.12g}", lora, scale, guidance))
+    for lora, own in [(None, sorted(of_base)), *zip(loras, guidances, strict=True)]:
+        for scale in filter(None, scales) if lora else [0.0]:
+            name, folder = "base", "base"
+            if lora:
+                label = re.sub(r"[^\w.-]", "_", Path(lora.name).name)
+                name, folder = lora.name, f"{label}-{lora.digest[:12]}_scale_{scale:.12g}"
+            if lora and sweep_lora_scale:
+                name += f" scale {scale:.12g}"
+            for guidance in own:
+                full_name = f"{name} guidance {guidance:.12g}" if len(of_base) > 1 else name
+                cases.append(Case(full_name, f"{folder}_guidance_{guidance:.12g}", lora, scale, guidance))
     return cases
 
 
@@ -123,9 +129,9 @@ def _read_sweep(name: str, text: str | None) -> list[float]:
         ) from error
 
 
-def base_index(case: Case, cases: Sequence[Case]) -> int:
-    """Index of the base model at the guidance of `case`."""
-    return next(i for i, c in enumerate(cases) if not c.lora and c.guidance_scale == case.guidance_scale)
+def base_index(guidance_scale: float, cases: Sequence[Case]) -> int:
+    """Index of the base model at a guidance."""
+    return next(i for i, case in enumerate(cases) if not case.lora and case.guidance_scale == guidance_scale)
 
 
 def shown_index(cases: Sequence[Case], lora_scale: float, guidance_scale: float) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from refl.report import sheets
+from refl.report.cases import Case
 from refl.report.page import Pair
 from refl.report.results import REWARD, Results
 
@@ -14,25 +15,43 @@ GRID_PAIRS, GRID_COLUMNS = 12, 6
 
 
 def grid(results: Results, measures: Sequence[str]) -> Image.Image:
-    """The first image of each of the first prompts, not selected: base model above, LoRA below, captioned
-    with the scores of `measures`."""
+    """The first image of each of the first prompts, not selected, captioned with the scores of `measures`.
+
+    From top to bottom: the base model at its own default guidance and at the LoRA's, and the LoRA; if
+    guidance was swept, the base model and the LoRA, each at its best.
+    """
     num_prompts = len(results.prompts)
     num_images = len(results.samples) // (len(results.cases) * num_prompts)
-    shown, base = results.shown, results.bases[results.shown]
     indices = range(min(GRID_PAIRS, num_prompts))
-    images, captions = {}, {}
-    for side, case in (("before", base), ("after", shown)):
-        images[side] = [results.samples[(case * num_prompts + i) * num_images].read() for i in indices]
-        captions[side] = [
-            ", ".join(f"{name} {results.scores[name][case, i, 0]:.2f}" for name in measures) for i in indices
+    images, captions, means = {}, {}, []
+    for case in _sides(results):
+        name = results.cases[case].name
+        images[name] = [results.samples[(case * num_prompts + i) * num_images].read() for i in indices]
+        captions[name] = [
+            f"{name}\n"
+            + ", ".join(f"{measure} {results.scores[measure][case, i, 0]:.2f}" for measure in measures)
+            for i in indices
         ]
-    captions["after"] = [f"{text}\n{results.prompts[i]}" for i, text in enumerate(captions["after"])]
-    means = ", ".join(
-        f"{name} {results.scores[name][base].mean():.3f} -> {results.scores[name][shown].mean():.3f}"
-        for name in measures
-    )
-    header = f"base (above) and {results.cases[shown].name} (below), {num_prompts} prompts: {means}"
+        scores = ", ".join(f"{measure} {results.scores[measure][case].mean():.3f}" for measure in measures)
+        means.append(f"{name}: {scores}")
+    captions[name] = [f"{text}\n{results.prompts[i]}" for i, text in enumerate(captions[name])]
+    header = "\n".join([f"{num_prompts} prompts, means over all images", *means])
     return sheets.pairs(images, captions, GRID_COLUMNS, header)
+
+
+def _sides(results: Results) -> list[int]:
+    """Indices of the cases in the grid."""
+    if results.best:
+        base, *loras = results.best
+        shown = results.cases[results.shown]
+        return [base, next(i for i in loras if _is_same(results.cases[i], shown))]
+    bases = [results.default_base, results.bases[results.shown]]
+    return [*dict.fromkeys(base for base in bases if base is not None), results.shown]
+
+
+def _is_same(one: Case, other: Case) -> bool:
+    """Whether two cases differ in guidance alone."""
+    return (one.lora, one.lora_scale) == (other.lora, other.lora_scale)
 
 
 def choose_pairs(results: Results) -> dict[str, list[Pair]]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
+from refl.report.results import best_comparisons, comparisons
+
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
@@ -41,32 +43,38 @@ class Pair:
 
 
 def text(evaluation: dict, shown: int) -> str:
-    """Table of the shown case with all measures, then a line for each other LoRA."""
-    case, base = evaluation["cases"][shown], base_of(evaluation, shown)
-    rows = [("", "base", case["name"], "difference", "95 % interval", "win / tie / loss")]
-    for name in evaluation["measures"]:
-        against = case["against_base"][name]
-        rows.append((
-            name, f"{base['means'][name]['mean']:.3f}", f"{case['means'][name]['mean']:.3f}",
-            f"{against['difference']:+.3f}", interval(against), outcomes(against),
-        ))  # fmt: skip
-    others = [c for index, c in enumerate(evaluation["cases"]) if c["against_base"] and index != shown]
-    blocks = [_aligned(rows)]
-    if others:
-        against = [c["against_base"]["reward"] for c in others]
-        rows = [("reward", "difference", "95 % interval", "win / tie / loss")] + [
-            (c["name"], f"{a['difference']:+.3f}", interval(a), outcomes(a))
-            for c, a in zip(others, against, strict=True)
-        ]
-        blocks.append(_aligned(rows))
+    """Tables of the shown case against the base model, a line for each other LoRA, and the best against the
+    best."""
+    case = evaluation["cases"][shown]
+    compared = comparisons(evaluation, shown)
     counts = f"{evaluation['num_prompts']} prompts, {evaluation['num_images_per_prompt']} of each"
-    return f"\n{counts}\n" + "\n\n".join(blocks) + "\n"
+    blocks = [counts + "\n" + "\n\n".join(_table(evaluation, case, *one) for one in compared)]
+    others = [i for i, c in enumerate(evaluation["cases"]) if c["against_base"] and i != shown]
+    if others:
+        rows = [("reward", "against", "difference", "95 % interval", "win / tie / loss")]
+        for index in others:
+            for base, against in comparisons(evaluation, index):
+                rows.append((evaluation["cases"][index]["name"], base["name"], *_cells(against["reward"])))
+        blocks.append(_aligned(rows))
+    if best := best_comparisons(evaluation):
+        criterion = evaluation["best_against_best"]["criterion"]
+        tables = "\n\n".join(_table(evaluation, *one) for one in best)
+        blocks.append(f"Best against best: each at the guidance with its highest {criterion}\n{tables}")
+    return "\n" + "\n\n".join(blocks) + "\n"
 
 
-def base_of(evaluation: dict, index: int) -> dict:
-    """The base model's entry at the guidance of the case at `index`."""
-    guidance = evaluation["cases"][index]["guidance_scale"]
-    return next(c for c in evaluation["cases"] if not c["against_base"] and c["guidance_scale"] == guidance)
+def _table(evaluation: dict, case: dict, base: dict, differences: dict) -> str:
+    """Table of a case against one of the base model, with all measures."""
+    rows = [("", base["name"], case["name"], "difference", "95 % interval", "win / tie / loss")]
+    for name in evaluation["measures"]:
+        means = (f"{entry['means'][name]['mean']:.3f}" for entry in (base, case))
+        rows.append((name, *means, *_cells(differences[name])))
+    return _aligned(rows)
+
+
+def _cells(against: dict) -> tuple[str, str, str]:
+    """Format difference, interval and outcomes."""
+    return f"{against['difference']:+.3f}", interval(against), outcomes(against)
 
 
 def interval(entry: dict, form: str = "+.3f") -> str:
@@ -105,10 +113,11 @@ def render(evaluation: dict, shown: int, differences: np.ndarray, pairs: dict[st
     return templates.get_template("report.html.jinja").render(
         evaluation=evaluation,
         loras=[
-            (index == shown, case, base_of(evaluation, index))
+            (case, comparisons(evaluation, index))
             for index, case in sorted(enumerate(cases), key=lambda item: item[0] != shown)
             if case["against_base"]
         ],
+        best=best_comparisons(evaluation),
         histogram=plot(lambda axis: histogram(axis, differences), "Differences of the reward, by image"),
         curves=curves(evaluation),
         heat_maps=heat_maps(evaluation, cases[shown]["lora_path"]),
@@ -179,7 +188,7 @@ def curves(evaluation: dict) -> list[Markup]:
     runs = {folder: by_step for folder, by_step in runs.items() if len(by_step) > 1}
     if not runs or len(settings) > 1:
         return []
-    base = base_of(evaluation, evaluation["cases"].index(cases[0]))
+    base = comparisons(evaluation, evaluation["cases"].index(cases[0]))[0][0]
 
     def curve(axis: Axes, name: str) -> None:
         for (folder, by_step), style in zip(runs.items(), cycle(("-", "--", ":", "-.")), strict=False):
@@ -200,11 +209,13 @@ def curves(evaluation: dict) -> list[Markup]:
 
 def heat_maps(evaluation: dict, lora_path: str) -> list[Markup]:
     """Plot each measure of one LoRA by scale and guidance; scale 0 is the base model. [] without a sweep."""
-    cases = [case for case in evaluation["cases"] if case["lora_path"] in (None, lora_path)]
-    scales = sorted({case["lora_scale"] for case in cases})
-    guidances = sorted({case["guidance_scale"] for case in cases})
-    if len(scales) == 2 and len(guidances) == 1:
+    own = [case for case in evaluation["cases"] if case["lora_path"] == lora_path]
+    if len(own) < 2:
         return []
+    guidances = sorted({case["guidance_scale"] for case in own})
+    bases = [case for case in evaluation["cases"] if case["lora_path"] is None]
+    cases = [case for case in [*bases, *own] if case["guidance_scale"] in guidances]
+    scales = sorted({case["lora_scale"] for case in cases})
 
     def heat_map(axis: Axes, name: str) -> None:
         means = np.zeros((len(scales), len(guidances)))

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,11 +26,30 @@ class Results:
     rewards: Sequence[str]  # the measures of `scores` that are better when higher
     scores: dict[str, np.ndarray]  # by measure, (C, P, N)
     diversity: np.ndarray | None  # of the images of each prompt, (C, P)
+    base_guidance_scale: float | None = None  # the base model's own default, if it was drawn at that
+    criterion: str = REWARD  # the measure that decides which guidance is best
 
     @cached_property
     def bases(self) -> list[int]:
-        """Index of the base model that each case is compared with, (C)."""
-        return [base_index(case, self.cases) for case in self.cases]
+        """Index of the base model at the guidance of each case, (C)."""
+        return [base_index(case.guidance_scale, self.cases) for case in self.cases]
+
+    @property
+    def default_base(self) -> int | None:
+        """Index of the base model at its own default guidance; None if it was not drawn at that."""
+        scale = self.base_guidance_scale
+        return None if scale is None else base_index(scale, self.cases)
+
+    @cached_property
+    def best(self) -> list[int]:
+        """Indices of the best cases, by guidance, of the base model and of each LoRA at each scale, in this
+        order. Best is the highest mean of `criterion`. [] if each LoRA was drawn at one guidance only."""
+        means, groups = self.scores[self.criterion].mean((1, 2)), defaultdict(list)
+        for index, case in enumerate(self.cases):
+            groups[case.lora, case.lora_scale].append(index)
+        if all(len(group) == 1 for (lora, _), group in groups.items() if lora):
+            return []
+        return [max(group, key=means.__getitem__) for group in groups.values()]
 
     @cached_property
     def prompt_means(self) -> dict[str, np.ndarray]:
@@ -46,40 +66,88 @@ class Results:
 # ------------------------------------------------------------------------------------------------- comparison
 
 
-def compare(results: Results, tie_margin: float) -> list[dict]:
-    """For each case: means of all measures and differences from the base model, with bootstrap intervals;
-    for rewards also the wins, ties and losses by image."""
+def compare(results: Results, tie_margin: float) -> dict:
+    """Entries of evaluation.json: the means of each case, its differences from the base model at the same
+    guidance and at its own default, and the best against the best.
+
+    "best_against_best" compares each LoRA, at each scale, at its best guidance with the base model at its
+    best. The best are chosen on the images that are compared, so both sides look slightly better than they
+    would on new images. None without a sweep of guidance.
+    """
     means = np.stack([value.T for value in results.prompt_means.values()], axis=1)  # (P, M measures, C)
-    both = np.stack([means, means - means[:, :, results.bases]], axis=1)  # (P, 2, M, C)
-    intervals = statistics.bootstrap(both)  # (3: mean, low, high; 2, M, C)
-    return [
-        _compare_case(results, index, intervals[..., index], tie_margin)
-        for index in range(len(results.cases))
-    ]
+    intervals = statistics.bootstrap(means)  # (3: mean, low, high; M, C)
+    best = None
+    if results.best:
+        base, *loras = results.best
+        compared = [
+            {"case": i, "against_best_base": _differences(results, i, base, tie_margin)} for i in loras
+        ]
+        best = {"criterion": results.criterion, "base": base, "loras": compared}
+    return {
+        "shown": results.shown,
+        "base_guidance_scale": results.base_guidance_scale,
+        "cases": [
+            _entry(results, index, intervals[..., index], tie_margin) for index in range(len(results.cases))
+        ],
+        "best_against_best": best,
+    }
 
 
-def _compare_case(results: Results, index: int, intervals: np.ndarray, tie_margin: float) -> dict:
-    """The entry of a case in evaluation.json. `intervals`: (3: mean, low, high; 2: mean, difference; M)."""
-    case, lora = results.cases[index], results.cases[index].lora
-    means, against_base = {}, {}
-    for place, name in enumerate(results.prompt_means):
-        mean, difference = intervals[:, :, place].T.tolist()
-        means[name] = dict(zip(("mean", "low", "high"), mean, strict=True))
-        against_base[name] = dict(zip(("difference", "low", "high"), difference, strict=True))
-        if name in results.rewards:
-            scores = results.scores[name]
-            difference = scores[index] - scores[results.bases[index]]
-            against_base[name] |= statistics.outcomes(difference, tie_margin)
+def _entry(results: Results, index: int, intervals: np.ndarray, tie_margin: float) -> dict:
+    """The entry of a case in evaluation.json. `intervals`: (3: mean, low, high; M)."""
+    case, lora, base = results.cases[index], results.cases[index].lora, results.bases[index]
+    default = None if results.default_base == base else results.default_base
     return {
         "name": case.name,
+        "folder": case.folder,
         "lora_path": lora and lora.path,
         "lora_sha256": lora and lora.digest,
         "lora_scale": case.lora_scale,
         "guidance_scale": case.guidance_scale,
         "step": lora and lora.step,
-        "means": means,
-        "against_base": against_base if lora else None,
+        "means": {
+            name: dict(zip(("mean", "low", "high"), interval, strict=True))
+            for name, interval in zip(results.prompt_means, intervals.T.tolist(), strict=True)
+        },
+        "against_base": _differences(results, index, base, tie_margin) if lora else None,
+        "against_default_base": (
+            None if not lora or default is None else _differences(results, index, default, tie_margin)
+        ),
     }
+
+
+def _differences(results: Results, index: int, base: int, tie_margin: float) -> dict:
+    """By measure: the difference of a case from one of the base model, with a bootstrap interval; for rewards
+    also the wins, ties and losses by image."""
+    means = np.stack([value[index] - value[base] for value in results.prompt_means.values()], axis=1)
+    differences = {}
+    for name, interval in zip(results.prompt_means, statistics.bootstrap(means).T.tolist(), strict=True):
+        differences[name] = dict(zip(("difference", "low", "high"), interval, strict=True))
+        if name in results.rewards:
+            scores = results.scores[name]
+            differences[name] |= statistics.outcomes(scores[index] - scores[base], tie_margin)
+    return differences
+
+
+def comparisons(evaluation: dict, index: int) -> list[tuple[dict, dict]]:
+    """What the case at `index` is compared with, and the differences: the base model at the same guidance,
+    then at its own default if that is another and the best are not compared with the best."""
+    cases, own = evaluation["cases"], evaluation["cases"][index]
+    bases = {case["guidance_scale"]: case for case in cases if case["lora_path"] is None}
+    found = [(bases[own["guidance_scale"]], own["against_base"])]
+    if own.get("against_default_base") and not evaluation.get("best_against_best"):
+        found.append((bases[evaluation["base_guidance_scale"]], own["against_default_base"]))
+    return found
+
+
+def best_comparisons(evaluation: dict) -> list[tuple[dict, dict, dict]]:
+    """The cases of each LoRA and of the base model at their best guidance, and the differences; [] without a
+    sweep."""
+    best, cases = evaluation.get("best_against_best"), evaluation["cases"]
+    if not best:
+        return []
+    base = cases[best["base"]]
+    return [(cases[own["case"]], base, own["against_best_base"]) for own in best["loras"]]
 
 
 # ----------------------------------------------------------------------------------------------------- tables

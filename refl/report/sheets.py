@@ -24,12 +24,12 @@ def grid(
     ]
     line_height = int(CAPTION_SIZE * 1.3)
     heights = [cell + line_height * max(len(text) for text in row) + 12 for row in lines]
-    top = line_height + 12 if header else 0
+    top = line_height * len(header.splitlines()) + 12 if header else 0
     gap = 8
     width = max(len(row) for row in rows) * (cell + gap) + gap
     sheet = Image.new("RGB", (width, top + sum(heights) + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 6), header, fill="black", font=font)
+    draw.multiline_text((gap, 6), header, fill="black", font=font)
     for row, row_lines, height in zip(rows, lines, heights, strict=True):
         for column, (image, text) in enumerate(zip(row, row_lines, strict=True)):
             left = gap + column * (cell + gap)

@@ -112,7 +112,8 @@ class Batches:
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of prompts that were encoded; with the empty prompt's where guidance is used."""
-        empty = self.embeds[""] if self.options.guidance_scale != 1 else None
+        is_guided = self.options.guidance_scale != 1 or self.options.drawn_with != 1
+        empty = self.embeds[""] if is_guided else None
         return Conditioning.stack([self.embeds[prompt] for prompt in prompts], empty)
 
     def _micro_batch(self, step: int, micro_step: int) -> MicroBatch:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,13 +14,23 @@ from typing import Any, Literal
 
 from refl.system.errors import UserError
 
+PRESETS = Path(__file__).parents[2] / "presets"  # files like a run's options.json, each with a description
+
 
 @dataclass
-class Options:
+class Files:
+    """Options that name files of other options."""
+
+    preset: str | None = None
+    """Take defaults from a preset, listed above; options on the command line win."""
+    options_file: str | None = None
+    """Take defaults from a run's options.json; those of --preset and on the command line win."""
+
+
+@dataclass
+class Options(Files):
     """Reward Feedback Learning with LoRA. Every option is saved with the run; --options_file repeats one."""
 
-    options_file: str | None = None
-    """Take defaults from a run's options.json; options on the command line win."""
     check: bool = False
     """Check everything that can be checked without loading weights, then stop.
     Exit code 2 if something is wrong."""
@@ -53,8 +65,8 @@ class Options:
     """Images per process and micro-step."""
     gradient_accumulation_steps: int = 4
     """Micro-steps per optimizer step."""
-    max_train_steps: int = 100
-    """Optimizer steps."""
+    max_train_steps: int = 400
+    """Optimizer steps. 400 steps of 16 images, those of two processes, are the paper's 6,400 images."""
     learning_rate: float = 1e-4
     """Learning rate of AdamW."""
     lr_scheduler: Literal[
@@ -89,11 +101,13 @@ class Options:
     """First denoising step, counted from 0, that may get a gradient."""
     max_stop: int = 39
     """Last denoising step that may get a gradient, inclusive."""
-    guidance_scale: float = 1.0
+    guidance_scale: float = 5.0
     """Scale of classifier-free guidance in training; 1: none, as published. Otherwise the UNet runs twice."""
     guidance_in: Literal["both", "rollout", "gradient"] = "both"
-    """Use guidance in the rollout, at the step that gets the gradient, or in both.
-    Validation always uses it."""
+    """Use guidance in the rollout, at the step that gets the gradient, or in both."""
+    draw_guidance_scale: float | None = None
+    """Guidance at which people will draw with the LoRA: validation uses it, and the LoRA's file names it.
+    None: 1.5 times --guidance_scale, which was best in the demo world; 1 if that is 1."""
     lora_in_uncond: bool = True
     """Apply the LoRA to the prediction for the empty prompt as well, as diffusers does in inference."""
     normalize_by_stop: bool = False
@@ -167,15 +181,19 @@ class Options:
         """`lora_alpha`, or the rank where it is None."""
         return self.rank if self.lora_alpha is None else self.lora_alpha
 
+    @property
+    def drawn_with(self) -> float:
+        """`draw_guidance_scale`; if None, 1.5 times the guidance of the training, or 1 without guidance."""
+        if self.draw_guidance_scale is not None:
+            return self.draw_guidance_scale
+        return 1.0 if self.guidance_scale == 1 else 1.5 * self.guidance_scale
+
 
 def read_options(arguments: list[str]) -> Options:
-    """Read the command line; its options override those of --options_file."""
+    """Read the command line; its options override those of --preset and --options_file."""
     import tyro  # here, because the doctor imports this module to check whether tyro is installed
 
-    options = tyro.cli(Options, args=arguments, use_underscores=True)
-    if options.options_file:
-        arguments = [*saved_arguments(options.options_file), *arguments]
-        options = tyro.cli(Options, args=arguments, use_underscores=True)
+    options = tyro.cli(Options, args=expand(arguments), use_underscores=True, description=describe(Options))
     if options.reward_target == "default":
         from refl.reward import rewards  # likewise
 
@@ -183,28 +201,84 @@ def read_options(arguments: list[str]) -> Options:
     return options
 
 
-def saved_arguments(options_file: str) -> list[str]:
-    """Convert a run's options.json to command-line arguments; raises `UserError`."""
+def describe(kind: type[Options]) -> str:
+    """The head of --help: what a command does, and the presets."""
+    presets = {file.stem: _read(file).get("description", "") for file in sorted(PRESETS.glob("*.json"))}
+    return "\n".join([kind.__doc__, "", "presets:", *(f"  {name}: {text}" for name, text in presets.items())])
+
+
+def expand(arguments: list[str]) -> list[str]:
+    """Put the arguments of --options_file and --preset before those of the command line, which override them.
+
+    Raises `UserError` for a file that cannot be read or has a wrong option.
+    """
+    import tyro
+
+    files, _ = tyro.cli(Files, args=arguments, use_underscores=True, return_unknown_args=True, add_help=False)
+    return [argument for file in _paths(files) for argument in _read_arguments(file)] + arguments
+
+
+def _paths(files: Files) -> list[Path]:
+    """The files that are named; later ones override earlier ones."""
+    paths = [] if files.options_file is None else [Path(files.options_file)]
+    if files.preset is not None:
+        known = {file.stem: file for file in sorted(PRESETS.glob("*.json"))}
+        if files.preset not in known:
+            raise UserError(f"--preset {files.preset}: no such preset; there are {', '.join(known)}.")
+        paths.append(known[files.preset])
+    return paths
+
+
+def _read(file: Path) -> dict:
     try:
-        saved = json.loads(Path(options_file).read_text())
-        return [_as_argument(name, value) for name, value in saved.items() if name not in COMMAND_ONLY]
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--options_file {options_file} cannot be read ({error}).") from error
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} cannot be read (not a JSON object of options).")
+    return content
+
+
+def _read_arguments(file: Path) -> list[str]:
+    """Convert a file of options to command-line arguments; raises `UserError` that names the file."""
+    skipped = (*COMMAND_ONLY, "description")
+    arguments = [_as_argument(name, value) for name, value in _read(file).items() if name not in skipped]
+    if not _is_valid(arguments):
+        wrong = next(argument for argument in arguments if not _is_valid([argument]))
+        raise UserError(f"{file}: {wrong} is not an option or not a value of it; --help lists them.")
+    return arguments
 
 
 def _as_argument(name: str, value: str | int | float | bool | None) -> str:
     return f"--{name if value else 'no_' + name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
+def _is_valid(arguments: list[str]) -> bool:
+    import tyro
+
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            tyro.cli(Options, args=arguments, use_underscores=True)
+        except SystemExit:
+            return False
+    return True
+
+
+def _origin(options: Options, name: str, value: Any) -> str:
+    """The file that an option is from, for a message; "" for the command line and defaults."""
+    files = [file for file in _paths(options) if _read(file).get(name) == value]
+    return f" (in {files[-1]})" if files else ""
+
+
 # Options of one command, not of the run.
-COMMAND_ONLY = ("options_file", "check", "resume_from_checkpoint", "allow_changed_options")
+COMMAND_ONLY = ("preset", "options_file", "check", "resume_from_checkpoint", "allow_changed_options")
 # Options that the LoRA does not depend on, or only to rounding.
-SAFE_TO_CHANGE = """options_file check output_dir also_kohya prompts train_batch_size decode_batch_size
-    rollout_batch_size gradient_checkpointing low_memory torch_compile checkpointing_steps
+SAFE_TO_CHANGE = """preset options_file check output_dir also_kohya prompts train_batch_size
+    decode_batch_size rollout_batch_size gradient_checkpointing low_memory torch_compile checkpointing_steps
     checkpoints_total_limit resume_from_checkpoint allow_changed_options max_nonfinite_steps logging_dir
     report_to""".split()
-VALIDATION_OPTIONS = """held_out_reward validation_prompts validation_steps num_validation_images
-    validation_images_per_prompt""".split()  # they matter to --early_stop alone
+VALIDATION_OPTIONS = """draw_guidance_scale held_out_reward validation_prompts validation_steps
+    num_validation_images validation_images_per_prompt""".split()  # they matter to --early_stop alone
 
 
 def to_save(options: Options) -> dict[str, Any]:
@@ -257,7 +331,7 @@ def check_values(options: Options) -> None:
             "be 0 or more",
         ),
         (
-            "learning_rate grad_scale guidance_scale adam_epsilon lora_alpha",
+            "learning_rate grad_scale guidance_scale draw_guidance_scale adam_epsilon lora_alpha",
             lambda v: v is None or 0 < v < math.inf,
             "be positive",
         ),
@@ -297,4 +371,5 @@ def check_values(options: Options) -> None:
     for names, is_valid, demand in demands:
         for name in names.split():
             if not is_valid(getattr(options, name)):
-                raise UserError(f"--{name} {getattr(options, name)}: must {demand}.")
+                value = getattr(options, name)
+                raise UserError(f"--{name} {value}{_origin(options, name, value)}: must {demand}.")

@@ -142,6 +142,7 @@ class Run:
             "reward": options.reward,
             "resolution": self.inputs.resolution,
             "guidance_scale": options.guidance_scale,
+            "draw_guidance_scale": options.drawn_with,
             "guidance_in": options.guidance_in,
             "lora_in_uncond": options.lora_in_uncond,
             "sampler": "ddpm",

@@ -54,8 +54,7 @@ class Validator:
     ):
         self.options, self.batches, self.accelerator, self.rollout = options, batches, accelerator, rollout
         self.prompts = batches.inputs.validation_prompts
-        scale = next((scale for scale in models.guidance if scale != 1), 1.0)
-        self.models = replace(models, guidance=(scale, scale))
+        self.models = replace(models, guidance=(options.drawn_with, options.drawn_with))
         self.scorers = [scorer for scorer in (models.rewards, models.held_out) if scorer]
 
     def is_due(self, step: int) -> bool:
