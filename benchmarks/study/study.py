@@ -1,12 +1,15 @@
 """Ablations of ReFL in the demo world, over seeds: guidance, steps, learning rate, rank, stop window, ...
 
 python benchmarks/study/study.py guidance                 # train, evaluate, write results/guidance.*
+python benchmarks/study/study.py guidance --runs 5 none   # only these runs
 python benchmarks/study/study.py settings steps guard regularisers --jobs 2
 python benchmarks/study/study.py guidance --judge_only    # evaluate the finished trainings only
 
 Each training is a run of refl_lora.py with the options given here. evaluate.py then scores all LoRAs of a
-study on the 192 held-out prompts, with the same three noises each, by the reward and by the oracle, which
-reads pixels and so cannot be over-optimised. The same command resumes; nothing is computed twice.
+study on the 192 held-out prompts, with the same noises each, by the reward and by the oracle, which reads
+pixels and so cannot be over-optimised. The study of guidance compares best with best: the base model and each
+LoRA at the guidance at which most of its images are right. The same command resumes; nothing is computed
+twice.
 """
 
 import json
@@ -54,14 +57,15 @@ LONG = """--max_train_steps 1000 --lr_scheduler constant --checkpointing_steps 1
 IMAGES = "result/study/images"  # drawn by the world itself, for the pretraining loss
 
 STUDIES = {
-    "guidance": {
-        "none": "",
-        "rollout": "--guidance_scale 3 --guidance_in rollout",
-        "gradient": "--guidance_scale 3 --guidance_in gradient",
-        "both": "--guidance_scale 3",
-        "rollout, base uncond": "--guidance_scale 3 --guidance_in rollout --no_lora_in_uncond",
-        "gradient, base uncond": "--guidance_scale 3 --guidance_in gradient --no_lora_in_uncond",
-        "both, base uncond": "--guidance_scale 3 --no_lora_in_uncond",
+    "guidance": {  # in training; "none" is the published setting
+        "none": "--guidance_scale 1",
+        "2": "--guidance_scale 2",
+        "3": "--guidance_scale 3",
+        "5": "",
+        "7.5": "--guidance_scale 7.5",
+        "5, rollout only": "--guidance_in rollout",
+        "5, gradient only": "--guidance_in gradient",
+        "5, base uncond": "--no_lora_in_uncond",
     },
     "settings": {  # half the demo's batch, to save time
         name: f"--train_batch_size 8 --decode_batch_size 8 --rollout_batch_size 8 {options}"
@@ -93,15 +97,14 @@ STUDIES = {
         }.items()
     },
 }
-# Options of the evaluations of each study, by name; each evaluates all LoRAs of the study.
-EVALUATIONS = {name: {"": "--guidance_scale 1 --num_images_per_prompt 3"} for name in STUDIES}
-EVALUATIONS["guidance"] = {
-    "": "--sweep_guidance 1,3 --num_images_per_prompt 2",
-    "base uncond": "--guidance_scale 3 --no_lora_in_uncond --num_images_per_prompt 2",
-}
+# Options of the evaluation of all LoRAs of a study.
+EVALUATIONS = {name: "--guidance_scale 7.5 --num_images_per_prompt 3" for name in STUDIES}
+EVALUATIONS["guidance"] = "--sweep_guidance 1,2,3,5,7.5 --num_images_per_prompt 2"
 LORA = "pytorch_lora_weights.safetensors"
 BASE = "base model"
-MEASURES = {"judge.all_right": "fully right", "reward": "reward", "diversity": "diversity"}
+MEASURES = {
+    "judge.all_right": "fully right", "judge.clean": "clean", "reward": "reward", "diversity": "diversity",
+}  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -109,7 +112,6 @@ class Setting(NamedTuple):
 
     run: str
     guidance: float
-    uncond: str  # model of guidance's prediction for the empty prompt: "LoRA" or "base"; "" without guidance
     step: int | None
 
 
@@ -124,8 +126,10 @@ class Options:
     """Studies to run; default: all."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the trainings."""
+    runs: tuple[str, ...] = ()
+    """Train only these runs of the studies; default: all."""
     jobs: int = 1
-    """Number of trainings at a time."""
+    """Number of trainings, or of processes of an evaluation, at a time."""
     judge_only: bool = False
     """Evaluate the finished trainings without training."""
     output_dir: str = "result/study"
@@ -166,43 +170,71 @@ def find_loras(study: str, runs: dict[Path, tuple]) -> list[Path]:
     return loras or sys.exit(f"{study}: no LoRA found; train first, without --judge_only")
 
 
-def evaluate(name: str, options: str, loras: Sequence[Path], folder: Path) -> dict:
+def evaluate(study: str, loras: Sequence[Path], folder: Path, jobs: int) -> dict:
     """Run evaluate.py on LoRAs and return its evaluation.json."""
-    output = folder / slug(f"judged {name}".strip())
-    command = [sys.executable, "evaluate.py", *WORLD.split(), "--prompts=demo/prompts/held_out.txt"]
-    command += "--sampler ddpm --num_inference_steps 20 --batch_size 48".split() + options.split()
-    command += [
-        "--base_guidance_scale=None",
-        "--held_out_reward=judge:all_right,judge:colour,judge:shape,judge:background",
-    ]
-    command += [f"--output_dir={output}", "--lora_paths", *map(str, loras)]
-    if status := subprocess.run(command).returncode:
+    launcher = f"-m refl launch --multi_gpu --num_processes {jobs} --main_process_port 0" if jobs > 1 else ""
+    command = [sys.executable, *launcher.split(), "evaluate.py", *WORLD.split()]
+    command += "--sampler ddpm --num_inference_steps 20 --batch_size 64 --base_guidance_scale None".split()
+    command += EVALUATIONS[study].split()
+    command += ["--prompts=demo/prompts/held_out.txt", f"--output_dir={folder / 'judged'}"]
+    command += ["--held_out_reward=judge:all_right,judge:clean,judge:colour,judge:shape,judge:background"]
+    if status := subprocess.run([*command, "--lora_paths", *map(str, loras)]).returncode:
         sys.exit(f"evaluate.py failed with exit code {status}")
-    return json.loads((output / "evaluation.json").read_text())
+    return json.loads((folder / "judged/evaluation.json").read_text())
 
 
-def gather(study: str, evaluations: dict[str, dict], loras: Sequence[Path]) -> Scores:
+def gather(study: str, evaluation: dict, loras: Sequence[Path]) -> Scores:
     """Collect the means of each setting and seed.
 
     The step is None for the result of a run, which may come from different steps for different seeds; its
     means also have "step", the result's step, and "ended", the last step of the run. Two runs may have the
     same LoRA as result, which is then evaluated once.
     """
-    scores = defaultdict(dict)
-    for name, evaluation in evaluations.items():
-        cases = defaultdict(list)
-        for case in evaluation["cases"]:
-            cases[case["lora_sha256"]].append(case)
-        for case in cases[None] if not name else ():
-            scores[Setting(BASE, case["guidance_scale"], "", 0)][0] = means_of(case)
-        for path in loras:
-            run, seed, step = identify(study, path)
-            for case in cases[sha256((path / LORA).read_bytes()).hexdigest()]:
-                uncond = "" if case["guidance_scale"] == 1 else "base" if name else "LoRA"
-                steps = {"step": case["step"], "ended": last_step(path)} if step is None else {}
-                scores[Setting(run, case["guidance_scale"], uncond, step)][seed] = means_of(case) | steps
+    scores, cases = defaultdict(dict), defaultdict(list)
+    for case in evaluation["cases"]:
+        cases[case["lora_sha256"]].append(case)
+    for case in cases[None]:
+        scores[Setting(BASE, case["guidance_scale"], 0)][0] = means_of(case)
+    for path in loras:
+        run, seed, step = identify(study, path)
+        for case in cases[sha256((path / LORA).read_bytes()).hexdigest()]:
+            steps = {"step": case["step"], "ended": last_step(path)} if step is None else {}
+            scores[Setting(run, case["guidance_scale"], step)][seed] = means_of(case) | steps
     order = [BASE, *STUDIES[study]]
     return dict(sorted(scores.items(), key=lambda item: (order.index(item[0].run), item[0].step or 0)))
+
+
+def best_table(study: str, evaluation: dict, loras: Sequence[Path]) -> str:
+    """Format the comparison of each LoRA at its best guidance with the base model at its own as Markdown."""
+    best, cases = evaluation["best_against_best"], evaluation["cases"]
+    if not best:
+        return ""
+    base, criterion = cases[best["base"]], best["criterion"]
+    right = base["means"][criterion]["mean"]
+    num_images = evaluation["num_prompts"] * evaluation["num_images_per_prompt"]
+    by_digest = {cases[own["case"]]["lora_sha256"]: own for own in best["loras"]}
+    lines = [
+        f"The base model is best at guidance {base['guidance_scale']:g}: {right:.3f} fully right, reward "
+        f"{base['means']['reward']['mean']:.2f}. Each LoRA at its best guidance, paired with it:",
+        "",
+        "| trained with guidance | seed | best drawn at | fully right | difference, 95 % interval "
+        "| errors left | win / loss | reward | its difference |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in loras:
+        run, seed, _ = identify(study, path)
+        own = by_digest[sha256((path / LORA).read_bytes()).hexdigest()]
+        case, differences = cases[own["case"]], own["against_best_base"]
+        oracle, reward = differences[criterion], differences["reward"]
+        value, shares = case["means"][criterion]["mean"], [oracle[k] / num_images for k in ("win", "loss")]
+        lines.append(
+            f"| {run} | {seed} | {case['guidance_scale']:g} | {value:.3f} "
+            f"| {oracle['difference']:+.3f} ({oracle['low']:+.3f} to {oracle['high']:+.3f}) "
+            f"| {(1 - value) / (1 - right):.2f} | {shares[0]:.0%} / {shares[1]:.0%} "
+            f"| {case['means']['reward']['mean']:.2f} "
+            f"| {reward['difference']:+.2f} ({reward['low']:+.2f} to {reward['high']:+.2f}) |"
+        )
+    return "\n".join(lines) + "\n\n"
 
 
 def means_of(case: dict) -> dict[str, float]:
@@ -235,7 +267,7 @@ def read_plain(folder: Path) -> Scores:
     except FileNotFoundError:
         sys.exit("compares with the study `steps`; run that first")
     return {
-        Setting("plain ReFL", row["guidance"], row["uncond"], row["step"]): {
+        Setting("plain ReFL", row["guidance"], row["step"]): {
             int(seed): means for seed, means in row["seeds"].items()
         }
         for row in sorted(rows, key=lambda row: row["step"])
@@ -246,10 +278,10 @@ def read_plain(folder: Path) -> Scores:
 def table(scores: Scores) -> str:
     """Format the mean over seeds and the value of each seed as a Markdown table."""
     lines = [
-        f"| run | guidance | empty prompt by | step | {' | '.join(MEASURES.values())} |",
-        "|---|---|---|---|" + "---|" * len(MEASURES),
+        f"| run | drawn with guidance | step | {' | '.join(MEASURES.values())} |",
+        "|---|---|---|" + "---|" * len(MEASURES),
     ]
-    for (run, guidance, uncond, step), seeds in scores.items():
+    for (run, guidance, step), seeds in scores.items():
         cells = []
         for measure in MEASURES:
             values = [seeds[seed][measure] for seed in sorted(seeds)]
@@ -259,18 +291,13 @@ def table(scores: Scores) -> str:
             steps = [(means["step"], means["ended"]) for _, means in sorted(seeds.items())]
             steps = [f"{result} of {ended}" if result != ended else f"{result}" for result, ended in steps]
             step = ", ".join(steps if len(set(steps)) > 1 else steps[:1])
-        lines.append(f"| {run} | {guidance:g} | {uncond} | {step} | {' | '.join(cells)} |")
+        lines.append(f"| {run} | {guidance:g} | {step} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def plot_bars(scores: Scores, path: Path) -> None:
     """Plot fully right and reward of each run: the mean over seeds, and a dot for each seed."""
-    is_swept = len({setting.guidance for setting in scores}) > 1
-    labels = []
-    for run, guidance, uncond, _ in scores:
-        label = f"{run}, guidance {guidance:g}" if is_swept else run
-        labels.append(f"{label}, {uncond} uncond" if uncond and is_swept else label)
-    figure = Figure(figsize=(10, 0.6 + 0.32 * len(labels)), layout="constrained")
+    figure = Figure(figsize=(10, 0.6 + 0.32 * len(scores)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, measure in zip(axes, ("judge.all_right", "reward"), strict=True):
         for place, seeds in enumerate(scores.values()):
@@ -279,8 +306,29 @@ def plot_bars(scores: Scores, path: Path) -> None:
             axis.plot(values, [place] * len(values), "o", ms=3, color="0.2")
         axis.set_title(MEASURES[measure])
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    axes[0].set_yticks(range(len(scores)), [setting.run for setting in scores], fontsize=8)
     axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+def plot_sweep(scores: Scores, path: Path) -> None:
+    """Plot fully right and reward by the guidance of drawing: a line for each run, a dot for each seed."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    runs = list(dict.fromkeys(setting.run for setting in scores))
+    for axis, measure in zip(figure.subplots(1, 2), ("judge.all_right", "reward"), strict=True):
+        for number, run in enumerate(runs):
+            by_guidance = {s.guidance: seeds for s, seeds in scores.items() if s.run == run}
+            colour = "0.3" if run == BASE else f"C{number - 1}"
+            means = [mean(m[measure] for m in by_guidance[g].values()) for g in sorted(by_guidance)]
+            label = run if run == BASE else f"trained with guidance {run}"
+            axis.plot(sorted(by_guidance), means, "--" if run == BASE else "-", color=colour, label=label)
+            for guidance, seeds in by_guidance.items():
+                values = [m[measure] for m in seeds.values()]
+                axis.plot([guidance] * len(values), values, "o", ms=3, color=colour)
+        axis.set(title=MEASURES[measure], xlabel="guidance of drawing")
+        axis.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  fontsize=9, frameon=False)  # fmt: skip
     figure.savefig(path, dpi=110)
 
 
@@ -321,9 +369,9 @@ def plot_results(axis: Axes, seeds: dict, measure: str, run: str, number: int) -
     axis.plot(steps, values, marker, ms=7, mec="k", color=f"C{number}", label=run, zorder=3)
 
 
-def report(study: str, evaluations: dict[str, dict], loras: Sequence[Path], folder: Path) -> None:
+def report(study: str, evaluation: dict, loras: Sequence[Path], folder: Path) -> None:
     """Write the JSON, table and plot of a study."""
-    scores = gather(study, evaluations, loras)
+    scores = gather(study, evaluation, loras)
     folder.mkdir(exist_ok=True)
     if study in ("guard", "regularisers"):
         base = {setting: seeds for setting, seeds in scores.items() if setting.run == BASE}
@@ -333,17 +381,17 @@ def report(study: str, evaluations: dict[str, dict], loras: Sequence[Path], fold
         "machine": f"CPU, {os.cpu_count()} cores ({platform.machine()}), torch {version('torch')}",
         "command": f"python benchmarks/study/study.py {' '.join(sys.argv[1:])}",
     }
-    first = next(iter(evaluations.values()))
-    num_images = first["num_prompts"] * first["num_images_per_prompt"]
+    num_images = evaluation["num_prompts"] * evaluation["num_images_per_prompt"]
     rows = [setting._asdict() | {"seeds": seeds} for setting, seeds in scores.items()]
-    content = about | {"num_images": num_images, "rows": rows}
+    best = evaluation["best_against_best"]
+    content = about | {"num_images": num_images, "rows": rows, "best_against_best": best}
     write_whole(folder / f"{study}.json", json.dumps(content, indent=1))
     heading = f"{about['date']}, {about['machine']}: `{about['command']}`"
-    text = f"{heading}\n\n{num_images} held-out images each.\n\n{table(scores)}"
-    write_whole(folder / f"{study}.md", text)
-    plot = plot_curves if len({setting.step for setting in scores}) > 3 else plot_bars
-    plot(scores, folder / f"{study}.png")
-    print(table(scores))
+    tables = best_table(study, evaluation, loras) + table(scores)
+    write_whole(folder / f"{study}.md", f"{heading}\n\n{num_images} held-out images each.\n\n{tables}")
+    is_long = len({setting.step for setting in scores}) > 3
+    (plot_sweep if best else plot_curves if is_long else plot_bars)(scores, folder / f"{study}.png")
+    print(tables)
 
 
 def slug(name: str) -> str:
@@ -366,16 +414,15 @@ def main() -> None:
             folder / f"{slug(name)}-seed{seed}": (training, seed)
             for seed in options.seeds
             for name, training in STUDIES[study].items()
+            if not options.runs or name in options.runs
         }
         if not options.judge_only:
             with ThreadPoolExecutor(options.jobs) as pool:
                 done = pool.map(train, runs, *zip(*runs.values(), strict=True))
                 list(tqdm(done, f"training: {study}", len(runs), unit="run"))
         loras = find_loras(study, runs)
-        evaluations = {
-            name: evaluate(name, extra, loras, folder) for name, extra in EVALUATIONS[study].items()
-        }
-        report(study, evaluations, loras, Path(__file__).parent / "results")
+        evaluation = evaluate(study, loras, folder, options.jobs)
+        report(study, evaluation, loras, Path(__file__).parent / "results")
 
 
 if __name__ == "__main__":
