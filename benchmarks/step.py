@@ -53,7 +53,7 @@ from refl.system.files import write_whole
 from refl.system.timing import Phases
 from refl.train.batches import MicroBatch
 from refl.train.models import Models
-from refl.train.plan import Plan
+from refl.train.plan import to_stop
 
 import baseline_step
 import torch
@@ -178,6 +178,8 @@ class Step:
         shape = parts.latent_shape(case.resolution or own_resolution)
         embeds = dict(zip(names[:32], parts.encode_prompts(names[:32]), strict=True))
 
+        self.schedule = NoiseSchedule(parts.scheduler_config, options.num_inference_steps)
+
         def micro_batches(step: int) -> list:
             batches = []
             for micro_step in range(options.gradient_accumulation_steps):
@@ -185,7 +187,7 @@ class Step:
                 noise = randomness.noise((0, 0, step, micro_step), range(case.batch_size), (stop + 1, *shape))
                 chosen = [names[(step * 8 + micro_step * 3 + i) % 32] for i in range(case.batch_size)]
                 conditioning = Conditioning.stack([embeds[name] for name in chosen]).to(torch.device("cpu"))
-                batches.append(MicroBatch(chosen, conditioning, noise, Plan((stop,))))
+                batches.append(MicroBatch(chosen, conditioning, noise, to_stop(self.schedule, stop)))
             return batches
 
         self.micro_batches, self.index = micro_batches, 0
@@ -203,7 +205,7 @@ class Step:
                 reward, self.accelerator.prepare(self.optimizer), self.accelerator,
             )  # fmt: skip
             self.run = lambda batches, phase: baseline_step.baseline_step(
-                self.models, [(b.prompts, b.noise, b.plan.stop) for b in batches], 0.01,
+                self.models, [(b.prompts, b.noise, b.plan.terms[0].stop) for b in batches], 0.01,
                 options.num_inference_steps, 1.0, phase,
             )  # fmt: skip
             return
@@ -219,7 +221,7 @@ class Step:
             parts,
             lora,
             rewards.WeightedRewards({"imagereward": reward}, {"imagereward": 1.0}),
-            NoiseSchedule(parts.scheduler_config, options.num_inference_steps, device),
+            self.schedule,
         )
         self.models.rewards.validated.add("imagereward")  # costs a backward pass
         if self.is_compiled:

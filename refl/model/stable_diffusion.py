@@ -43,10 +43,11 @@ class StableDiffusion:
             hidden = self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
             yield from ({"encoder_hidden_states": own} for own in hidden)
 
-    def denoise(self, latents: Tensor, timestep: Tensor, embeds: Embeds) -> Tensor:
-        """The UNet's output, (B, C, h, w), in the dtype of `latents`; computed in that of `embeds`."""
+    def denoise(self, latents: Tensor, timesteps: Tensor, embeds: Embeds) -> Tensor:
+        """The UNet's output at timesteps (B,), (B, C, h, w) in the dtype of `latents`; computed in that of
+        `embeds`."""
         sample = latents.to(embeds["encoder_hidden_states"].dtype)
-        return self.unet(sample, timestep, **embeds).sample.to(latents.dtype)
+        return self.unet(sample, timesteps, **embeds).sample.to(latents.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) of latents (B, C, h, w); see `decode`."""

@@ -69,7 +69,7 @@ class MicroBatch:
 
     prompts: list[str]
     conditioning: Conditioning
-    noise: Tensor  # (B, > plan.stop, C, h, w): x_T first, then that of each denoising step
+    noise: Tensor  # (B, len(plan.timesteps), C, h, w): x_T first, then that of each step
     plan: Plan
     pretraining: Pretraining | None = None
 
@@ -98,7 +98,7 @@ class Batches:
         self.global_batch_size = size * accelerator.num_processes
         self.indices = range(rank * size, (rank + 1) * size)  # this process's samples of a micro-step
         self.noise_shape = models.base.latent_shape(inputs.resolution)
-        self.plan = PLANS["late_step"]
+        self.plan = PLANS[options.plan]
         self.embeds = self._encode_prompts(is_quiet=not accelerator.is_main_process)
         self.latents = self._encode_images(is_quiet=not accelerator.is_main_process)
 
@@ -124,7 +124,7 @@ class Batches:
         return MicroBatch(
             prompts=prompts,
             conditioning=self.condition(prompts),
-            noise=randomness.noise(noise_key, self.indices, (plan.stop + 1, *self.noise_shape)),
+            noise=randomness.noise(noise_key, self.indices, (len(plan.timesteps), *self.noise_shape)),
             plan=plan,
             pretraining=self._pretraining(step, micro_step) if self.latents else None,
         )

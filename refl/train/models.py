@@ -1,6 +1,6 @@
 """The models that a training step computes with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -35,27 +35,31 @@ class Models:
     """Context manager that moves offloaded models to the GPU."""
 
     def predict(
-        self, latents: Tensor, index: int, conditioning: Conditioning, guidance_scale: float
+        self, latents: Tensor, timestep: int, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
-        """The network's output at denoising step `index`, (B, C, h, w), guided unless the scale is 1."""
-        timestep = self.schedule.timesteps[index]
-        return predict(self.base, latents, timestep, conditioning, guidance_scale, self.lora_in_uncond)
+        """The network's output at a training timestep, (B, C, h, w), guided unless the scale is 1."""
+        [output] = self.predict_together([(latents, timestep, conditioning, guidance_scale)])
+        return output
 
-    def predict_rollout(
-        self, latents: Tensor, index: int, conditioning: Conditioning, num_stopping: int
-    ) -> Tensor:
-        """The output for samples in a rollout; the last `num_stopping` are guided as the gradient step is."""
-        in_rollout, in_gradient = self.guidance
-        if in_rollout == in_gradient:
-            return self.predict(latents, index, conditioning, in_rollout)
-        first = len(latents) - num_stopping
-        parts = ((slice(first), in_rollout), (slice(first, None), in_gradient))
-        outputs = [
-            self.predict(latents[samples], index, conditioning[samples], scale)
-            for samples, scale in parts
-            if len(latents[samples])
-        ]
-        return torch.cat(outputs)
+    def predict_together(self, inputs: Sequence[tuple[Tensor, int, Conditioning, float]]) -> list[Tensor]:
+        """The outputs of `predict` for several batches; those of one guidance scale share a call."""
+        outputs = {}
+        for scale in dict.fromkeys(scale for *_, scale in inputs):
+            own = [i for i, (*_, other) in enumerate(inputs) if other == scale]
+            latents, timesteps, conditioning = zip(*(inputs[i][:3] for i in own), strict=True)
+            timesteps = [
+                x.new_full(x.shape[:1], t, dtype=torch.int64) for x, t in zip(latents, timesteps, strict=True)
+            ]
+            output = predict(
+                self.base,
+                torch.cat(latents),
+                torch.cat(timesteps),
+                Conditioning.cat(conditioning),
+                scale,
+                self.lora_in_uncond,
+            )
+            outputs |= zip(own, output.split([len(x) for x in latents]), strict=True)
+        return [outputs[i] for i in range(len(inputs))]
 
     @property
     def lora_up(self) -> list[nn.Parameter]:
@@ -75,7 +79,7 @@ def load_models(options: Options, device: torch.device, dtype: torch.dtype) -> M
         base=base,
         lora=lora,
         rewards=rewards.load(options.reward, options.reward_path, home, dtype),
-        schedule=NoiseSchedule(base.scheduler_config, options.num_inference_steps, device),
+        schedule=NoiseSchedule(base.scheduler_config, options.num_inference_steps),
         guidance=(
             1.0 if options.guidance_in == "gradient" else options.guidance_scale,
             1.0 if options.guidance_in == "rollout" else options.guidance_scale,
