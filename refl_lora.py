@@ -111,7 +111,7 @@ def x0_gradient(
         chunk = slice(start, start + decode_batch_size)
         leaf = x0[chunk].detach().requires_grad_()
         with phase("decode"):
-            images = models.base.decode(leaf)  # (b, 3, H, W)
+            images = models.base.decode_for_gradient(leaf)  # (b, 3, H, W)
         with phase("reward"):
             chunk_scores = models.rewards(images.clamp(0, 1), batch.prompts[chunk])  # (K, b)
             reward = models.rewards.total(chunk_scores)  # (b,)
@@ -205,7 +205,7 @@ def refl_step(
         with phase("rollout"):
             trajectories = rollout(models, group)
         terms = [(trajectory, term) for trajectory in trajectories for term in trajectory.plan.terms]
-        with models.on_device(models.base.vae, *models.rewards.modules()):
+        with models.on_device(models.base.gradient_decoder, *models.rewards.modules()):
             settings = grad_scale, reward_target, decode_batch_size, scale, phase
             scored = [
                 x0_gradient(models, trajectory.batch, trajectory.states[term.step].x0, *settings)

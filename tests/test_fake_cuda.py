@@ -17,7 +17,7 @@ FLOAT32 = {("cuda", torch.float32)}
 GUIDED = {"guidance_scale": 3.0}
 SHORT = {
     "num_inference_steps": 4, "max_stop": 3, "gradient_accumulation_steps": 3, "rollout_steps": 3,
-    "rollout_sampler": "dpm++", "plan": "draft_k", "num_gradient_steps": 2,
+    "rollout_sampler": "dpm++", "plan": "draft_k", "num_gradient_steps": 2, "decode_resolution": 32,
 }  # fmt: skip
 REGULARISED = {"noise_distance_weight": 1.0, "pretrain_weight": 0.5}
 # Host syncs of the updater, once an optimizer step: loss and whether to stop are read together, and

@@ -20,7 +20,9 @@ from typing import Any
 
 from refl.model.folder import (
     WEIGHT_FILES,
+    check_decode_resolution,
     check_model,
+    check_tiny_decoder,
     count_weights,
     read_config,
     required_files,
@@ -104,6 +106,10 @@ def check_model_files(options: Any) -> str:
     files = [Path(folder) / part / names[0] for part, names in WEIGHT_FILES.items()]
     num_weights = sum(count_weights(file) for file in files if file.exists())
     size = resolution_of(folder, options.resolution)
+    if options.decode_resolution:
+        check_decode_resolution(folder, size, options.decode_resolution)
+    if options.tiny_decoder_path:
+        check_tiny_decoder(options.tiny_decoder_path, folder)
     return f"{folder}: {num_weights / 1e6:,.1f} million weights, {size}x{size}"
 
 

@@ -16,6 +16,7 @@ from refl.model import families
 from refl.model.lean import make_lean
 from refl.model.lora import add_lora
 from refl.model.offload import pinned_size
+from refl.model.tiny_decoder import load_empty_tiny_decoder
 from refl.reward import rewards
 
 import torch
@@ -79,6 +80,12 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
                 model.enable_gradient_checkpointing()
         for reward in judges.values():
             empty(reward)
+        if options.tiny_decoder_path:
+            base.tiny_decoder = load_empty_tiny_decoder(options.tiny_decoder_path)
+            empty(base.tiny_decoder, dtype)
+            make_lean(base.tiny_decoder)
+        if options.decode_resolution:
+            base.decode_side = base.latent_shape(options.decode_resolution)[-1]
         lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         shape = base.latent_shape(resolution)
         is_guided = options.guidance_scale != 1 and options.lora_in_uncond  # else one half after the other
@@ -97,7 +104,7 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
         def decoder_and_reward() -> None:
             size = options.decode_batch_size
             x0 = torch.empty(size, *shape, requires_grad=True)
-            images = base.decode(x0).clamp(0, 1)
+            images = base.decode_for_gradient(x0).clamp(0, 1)
             scores = [reward(images, [""] * size) for name, reward in judges.items() if name in trained_on]
             torch.autograd.grad(sum(scores).sum() if scores else images.mean(), x0)
 
@@ -106,10 +113,11 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
             torch.autograd.grad(eps, lora, torch.empty_like(eps))
 
         trained = 4 * sum(matrix.nbytes for matrix in lora)  # the LoRA, its gradient, AdamW's two means
-        frozen = {model: _frozen_bytes(model) for model in (unet, vae, *judges.values())}
+        decoders = {vae, base.gradient_decoder}
+        frozen = {model: _frozen_bytes(model) for model in (unet, *decoders, *judges.values())}
         parts = {
             "rollout": (rollout, [unet]),
-            "decoder and reward": (decoder_and_reward, [vae, *judges.values()]),
+            "decoder and reward": (decoder_and_reward, [base.gradient_decoder, *judges.values()]),
             "gradient": (gradient, [unet]),
         }
         counted = {}

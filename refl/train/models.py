@@ -12,6 +12,8 @@ from refl.model.guidance import predict
 from refl.model.lean import make_lean
 from refl.model.lora import add_lora
 from refl.model.noise_schedule import NoiseSchedule
+from refl.model.stable_diffusion import vae_factor
+from refl.model.tiny_decoder import load_tiny_decoder
 from refl.reward import rewards
 from refl.reward.rewards import WeightedRewards
 from refl.train.options import Options
@@ -90,6 +92,11 @@ def load_models(options: Options, device: torch.device, dtype: torch.dtype) -> M
         models.held_out = rewards.load(
             options.held_out_reward, options.reward_path, home, dtype, "--held_out_reward"
         )
+    if options.tiny_decoder_path:
+        base.tiny_decoder = load_tiny_decoder(options.tiny_decoder_path, dtype, home)
+        make_lean(base.tiny_decoder)
+    if options.decode_resolution:
+        base.decode_side = options.decode_resolution // vae_factor(base.vae)
     for model in (base.unet, base.vae):
         make_lean(model)
         if options.gradient_checkpointing or options.low_memory:
@@ -107,6 +114,7 @@ def _offload(models: Models, device: torch.device) -> None:
         matrix.data = matrix.data.to(device)
     models.on_device = partial(offload.on_device, device)
     if device.type == "cuda":
-        held_out = models.held_out.modules() if models.held_out else []
-        for model in (models.base.unet, models.base.vae, *models.rewards.modules(), *held_out):
+        others = models.held_out.modules() if models.held_out else []
+        others += [models.base.tiny_decoder] if models.base.tiny_decoder else []
+        for model in (models.base.unet, models.base.vae, *models.rewards.modules(), *others):
             offload.pin(model)

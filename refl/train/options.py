@@ -153,6 +153,13 @@ class Options(Files):
     """Recompute activations of UNet and decoder in the backward pass: less memory, more time."""
     decode_batch_size: int = 1
     """Images decoded and scored at once; must divide --train_batch_size. More need more memory."""
+    decode_resolution: int | None = None
+    """Side in pixels of the images that are decoded for the gradient, from latents made smaller.
+    At most --resolution; 256 at 512 costs a quarter of the decoder. Approximate. None: --resolution, exact.
+    Validation always decodes exactly."""
+    tiny_decoder_path: str | None = None
+    """Folder of a small decoder to use for the gradient alone: diffusers' AutoencoderTiny, such as TAESD.
+    Approximate. None: the model's own, exact."""
     low_memory: bool = False
     """Fit small GPUs at the cost of time; 8 GB suffice at 512 pixels in any precision.
     Recomputes activations, decodes one by one, keeps each frozen model on the GPU only while it is used."""
@@ -370,6 +377,7 @@ def check_values(options: Options) -> None:
             lambda v: v < o.num_inference_steps,
             f"be below --num_inference_steps {o.num_inference_steps}: denoising steps are counted from 0",
         ),
+        ("decode_resolution", lambda v: v is None or v >= 1, "be None, or 1 or more"),
         ("rollout_steps", lambda v: v is None or 1 <= v <= 1000, "be None, or 1 to 1000"),
         ("num_gradient_steps", lambda v: v == 1 or o.plan != "late_step", "be 1 for --plan late_step"),
         (
