@@ -40,6 +40,7 @@ from refl.model.stable_diffusion import (
     load_stable_diffusion,
     vae_factor,
 )
+from refl.preflight.cost import flop_counter
 from refl.reward import (
     imagereward,
     rewards,
@@ -62,11 +63,6 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from matplotlib.figure import Figure
 from random_checkpoint import write_checkpoint
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 from tqdm import tqdm
 
 PHASES = ("text", "rollout", "grad_step", "decode", "reward", "backward", "optimizer")
@@ -276,23 +272,6 @@ class Step:
 
 
 # ------------------------------------------------------------------------------------------------- measuring
-
-
-def flop_counter():
-    """torch's, which does not know the CPU's attention."""
-
-    def forward(query, key, value, *_, out_shape=None, **__) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward(gradient, query, key, value, *_, out_shape=None, **__) -> int:
-        return sdpa_backward_flop_count(gradient, query, key, value)
-
-    aten = torch.ops.aten
-    mapping = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 class Clock:

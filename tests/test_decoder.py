@@ -76,7 +76,7 @@ def test_the_gradient_by_a_tiny_decoder_is_that_of_diffusers(parts, reward, tiny
 def test_a_smaller_decode_points_the_same_way_in_the_demo_world():
     options = Options(
         pretrained_model_name_or_path=str(DEMO / "stable-diffusion-v1-4"), reward_path=str(DEMO),
-        num_inference_steps=20,
+        num_inference_steps=20, guidance_scale=1.0,
     )  # fmt: skip
     models = load_models(options, torch.device("cpu"), torch.float32)
     prompts = (ROOT / "demo/prompts/train.txt").read_text().splitlines()[:4]

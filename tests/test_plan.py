@@ -6,7 +6,7 @@ from refl.preflight import memory
 from refl.system.errors import UserError
 from refl.train.batches import MicroBatch
 from refl.train.options import Options, check_values
-from refl.train.plan import PLANS, Term
+from refl.train.plan import PLANS, Term, draw_plan, possible_plans
 
 import pytest
 import torch
@@ -23,6 +23,10 @@ CASES = {  # options -> guidance
     "DRaFT-1": ({"plan": "draft_k"}, (1.0, 1.0)),
     "DRaFT-3": ({"plan": "draft_k", "num_gradient_steps": 3}, (1.0, 1.0)),
     "DRaFT, guided": ({"plan": "draft_k", "num_gradient_steps": 100}, (3.0, 3.0)),
+    "DRaFT-2, guided by the base": (
+        {"plan": "draft_k", "num_gradient_steps": 2, "lora_in_uncond": False},
+        (3.0, 3.0),
+    ),
     "DRaFT-3, short DDIM, guided in the gradient alone": (
         {"plan": "draft_k", "num_gradient_steps": 3, "rollout_steps": 4, "rollout_sampler": "ddim"},
         (1.0, 3.0),
@@ -46,7 +50,7 @@ CASES = {  # options -> guidance
 def plan_of(options: dict, schedule: NoiseSchedule, step: int = 0, micro_step: int = 0):
     options = Options(**OPTIONS | options)
     check_values(options)
-    return PLANS[options.plan](options, schedule, step, micro_step)
+    return draw_plan(options, schedule, step, micro_step)
 
 
 def plain_gradients(models, parts, batch: MicroBatch):
@@ -62,7 +66,8 @@ def plain_gradients(models, parts, batch: MicroBatch):
         timestep, conditioning = plan.timesteps[step], batch.conditioning
         output = parts.unet(latents, timestep, **conditioning.prompt).sample
         if scale != 1:
-            empty = parts.unet(latents, timestep, **conditioning.empty).sample
+            unet = parts.unet if models.lora_in_uncond else parts.base
+            empty = unet(latents, timestep, **conditioning.empty).sample
             output = (1 - scale) * empty + scale * output
         return schedule.predict_x0(latents, output, timestep)
 
@@ -93,7 +98,8 @@ def plain_gradients(models, parts, batch: MicroBatch):
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_plain_autograd(parts, reward, name):
     options, guidance = CASES[name]
-    models, conditioning, noise = build(parts, reward, guidance=guidance)
+    lora_in_uncond = options.get("lora_in_uncond", True)
+    models, conditioning, noise = build(parts, reward, guidance=guidance, lora_in_uncond=lora_in_uncond)
     plan = plan_of(options, models.schedule, step=1)
     noise = torch.cat([noise, 0.9 * noise.flip(1)], dim=1)[:, : len(plan.timesteps)]
     batch = MicroBatch(PROMPTS, conditioning, noise, plan)
@@ -182,6 +188,16 @@ def test_weights_make_stops_equal(schedule):
     terms = plan_of(options, schedule).terms
     weighted = [term.weight * schedule.x0_slope(schedule.timesteps[term.stop]) for term in terms]
     assert weighted == pytest.approx([weighted[0]] * 3) and terms[0].weight < 1 < terms[2].weight
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"plan": "several_stops", "num_gradient_steps": 2}, {"plan": "draft_lv", "rollout_steps": 4}],
+)
+def test_the_possible_plans_are_those_drawn(schedule, options):
+    possible = set(possible_plans(Options(**OPTIONS | options), schedule))
+    assert possible == {plan_of(options, schedule, step) for step in range(40)}
+    assert len(possible) == 3
 
 
 def test_every_plan_is_an_option():

@@ -7,7 +7,7 @@ from refl.model.noise_schedule import NoiseSchedule
 from refl.model.samplers import SAMPLERS
 from refl.train.batches import MicroBatch
 from refl.train.options import Options
-from refl.train.plan import Plan, late_step, to_stop
+from refl.train.plan import Plan, draw_plan, to_stop
 
 import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
 import pytest
@@ -152,7 +152,7 @@ def test_a_path_goes_through_every_stop(scheduler_config):
 def test_batches_with_grids_of_their_own_are_rolled_out_together(parts, reward, sampler, guidance):
     models, conditioning, noise = build(parts, reward, guidance=guidance)
     options = Options(num_inference_steps=6, min_stop=0, max_stop=5, rollout_steps=4, rollout_sampler=sampler)
-    plans = [late_step(options, models.schedule, step, 0) for step in range(5)]
+    plans = [draw_plan(options, models.schedule, step, 0) for step in range(5)]
     assert len({plan.timesteps for plan in plans}) > 2
     batches = [
         MicroBatch([PROMPTS[i % 3]], conditioning[i % 3 : i % 3 + 1], (i + 1) * noise[i % 3, None], plan)

@@ -19,7 +19,7 @@ def predict(
     """The network's output for latents (B, C, h, w) at timesteps (B,), guided unless `guidance_scale` is 1.
 
     Eq. 6 with guidance_scale = 1 + w. Without `lora_in_uncond` the base model predicts for the empty prompt,
-    and that prediction gets no gradient.
+    and that prediction has no gradient but in `latents`.
     """
     if guidance_scale == 1:
         return model.denoise(latents, timesteps, conditioning.prompt)
@@ -27,7 +27,7 @@ def predict(
         embeds = cat_embeds([conditioning.empty, conditioning.prompt])
         empty, prompt = model.denoise(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds).chunk(2)
     else:
-        with torch.no_grad(), lora_off(model.unet):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad), lora_off(model.unet):
             empty = model.denoise(latents, timesteps, conditioning.empty)
         prompt = model.denoise(latents, timesteps, conditioning.prompt)
     return empty + guidance_scale * (prompt - empty)

@@ -71,21 +71,8 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
     `UserError`.
     """
     low_memory, trained_on = options.low_memory, rewards.parse(options.reward)
-    judges = empty_rewards(options, dtype)
-    with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as base:
+    with empty_models(options, dtype) as (base, judges):
         unet, vae = base.unet, base.vae
-        for model in (unet, vae):
-            make_lean(model)
-            if options.gradient_checkpointing or low_memory:
-                model.enable_gradient_checkpointing()
-        for reward in judges.values():
-            empty(reward)
-        if options.tiny_decoder_path:
-            base.tiny_decoder = load_empty_tiny_decoder(options.tiny_decoder_path)
-            empty(base.tiny_decoder, dtype)
-            make_lean(base.tiny_decoder)
-        if options.decode_resolution:
-            base.decode_side = base.latent_shape(options.decode_resolution)[-1]
         lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         shape = base.latent_shape(resolution)
         is_guided = options.guidance_scale != 1 and options.lora_in_uncond  # else one half after the other
@@ -132,6 +119,27 @@ def pinned(options: Any, dtype: torch.dtype) -> float:
     judges = empty_rewards(options, dtype).values()
     with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as base:
         return sum(pinned_size(model) for model in (base.unet, base.vae, *judges)) / 2**30
+
+
+@contextmanager
+def empty_models(options: Any, dtype: torch.dtype) -> Iterator[tuple[families.Family, dict[str, nn.Module]]]:
+    """The model with its LoRA, and the rewards that can be counted by name, as a step with `options` uses
+    them; nothing in the block has content."""
+    judges = empty_rewards(options, dtype)
+    with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as base:
+        for model in (base.unet, base.vae):
+            make_lean(model)
+            if options.gradient_checkpointing or options.low_memory:
+                model.enable_gradient_checkpointing()
+        for reward in judges.values():
+            empty(reward)
+        if options.tiny_decoder_path:
+            base.tiny_decoder = load_empty_tiny_decoder(options.tiny_decoder_path)
+            empty(base.tiny_decoder, dtype)
+            make_lean(base.tiny_decoder)
+        if options.decode_resolution:
+            base.decode_side = base.latent_shape(options.decode_resolution)[-1]
+        yield base, judges
 
 
 def empty_rewards(options: Any, dtype: torch.dtype) -> dict[str, nn.Module]:

@@ -1,11 +1,11 @@
 """The gradient plan: how a rollout goes from noise to x0, and which of its steps get a gradient.
 
-Add one: write a function with the signature of `late_step` and name it in `PLANS`. A plan is a pure function
-of seed, step and micro-step, so that all processes share it and a resumed run repeats it.
+Add one: write a function with the signature of `late_step` and name it in `PLANS`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from refl.model.noise_schedule import NoiseSchedule
 from refl.system import randomness
@@ -47,53 +47,63 @@ def to_stop(schedule: NoiseSchedule, stop: int) -> Plan:
     return Plan(schedule.timesteps[: stop + 1], (Term(stop, stop),))
 
 
-def late_step(options: Options, schedule: NoiseSchedule, step: int, micro_step: int) -> Plan:
-    """ReFL (Xu et al. 2023): one step, uniform in [min_stop, max_stop]."""
+def draw_plan(options: Options, schedule: NoiseSchedule, step: int, micro_step: int) -> Plan:
+    """The plan of a micro-batch: a function of seed, step and micro-step, so that all processes share it and
+    a resumed run repeats it."""
     key, bounds = (options.seed, step, micro_step), (options.min_stop, options.max_stop)
-    return _through(options, schedule, [randomness.stop_index(*key, *bounds)])
+    number = _num_stops(options)
+    if number == 1:
+        stops = [randomness.stop_index(*key, *bounds)]
+    else:
+        stops = randomness.stop_indices(*key, *bounds, number)
+    return PLANS[options.plan](options, schedule, stops)
 
 
-def several_stops(options: Options, schedule: NoiseSchedule, step: int, micro_step: int) -> Plan:
-    """ReFL at several steps of one rollout."""
-    key, bounds = (options.seed, step, micro_step), (options.min_stop, options.max_stop)
-    stops = randomness.stop_indices(*key, *bounds, options.num_gradient_steps)
-    return _through(options, schedule, stops)
+def possible_plans(options: Options, schedule: NoiseSchedule) -> Iterator[Plan]:
+    """Yield all plans that may be drawn; they are equally likely."""
+    for stops in combinations(range(options.min_stop, options.max_stop + 1), _num_stops(options)):
+        yield PLANS[options.plan](options, schedule, stops)
 
 
-def draft_k(options: Options, schedule: NoiseSchedule, step: int, micro_step: int) -> Plan:
-    """DRaFT-K (Clark et al. 2023): one gradient through the last K steps to the stop."""
-    plan = late_step(options, schedule, step, micro_step)
-    [term] = plan.terms
-    return replace(plan, terms=(replace(term, depth=min(options.num_gradient_steps, term.step + 1)),))
+def _num_stops(options: Options) -> int:
+    return options.num_gradient_steps if options.plan == "several_stops" else 1
 
 
-def draft_lv(options: Options, schedule: NoiseSchedule, step: int, micro_step: int) -> Plan:
-    """DRaFT-LV (Clark et al. 2023): the stop, and again from the noise level of the stop to which its x0 is
-    noised anew."""
-    plan = late_step(options, schedule, step, micro_step)
-    [term] = plan.terms
-    terms = [replace(term, step=term.step + i) for i in range(options.num_gradient_steps)]
-    return replace(
-        plan, terms=tuple(terms), timesteps=plan.timesteps + plan.timesteps[-1:] * (len(terms) - 1)
-    )
+def late_step(options: Options, schedule: NoiseSchedule, stops: Sequence[int]) -> Plan:
+    """ReFL (Xu et al. 2023): a rollout to the stop, which gets the gradient. Several stops: each gets one.
 
-
-PLANS: dict[str, Callable[[Options, NoiseSchedule, int, int], Plan]] = {
-    "late_step": late_step,
-    "several_stops": several_stops,
-    "draft_k": draft_k,
-    "draft_lv": draft_lv,
-}
-
-
-def _through(options: Options, schedule: NoiseSchedule, stops: Sequence[int]) -> Plan:
-    """A rollout with a gradient at each of `stops`, weighted by mean slope / slope if so asked."""
+    A term is weighted by mean slope / slope if so asked.
+    """
     timesteps, places = schedule.path(stops, options.rollout_steps)
     terms = [
         Term(step, stop, weight=_weight(options, schedule, stop))
         for step, stop in zip(places, stops, strict=True)
     ]
     return Plan(timesteps, tuple(terms), options.rollout_sampler)
+
+
+def draft_k(options: Options, schedule: NoiseSchedule, stops: Sequence[int]) -> Plan:
+    """DRaFT-K (Clark et al. 2023): one gradient through the last K steps to the stop."""
+    plan = late_step(options, schedule, stops)
+    [term] = plan.terms
+    return replace(plan, terms=(replace(term, depth=min(options.num_gradient_steps, term.step + 1)),))
+
+
+def draft_lv(options: Options, schedule: NoiseSchedule, stops: Sequence[int]) -> Plan:
+    """DRaFT-LV (Clark et al. 2023): the stop, and its noise level again after its x0 is noised anew."""
+    plan = late_step(options, schedule, stops)
+    [term] = plan.terms
+    terms = tuple(replace(term, step=term.step + i) for i in range(options.num_gradient_steps))
+    timesteps = plan.timesteps + plan.timesteps[-1:] * (len(terms) - 1)
+    return replace(plan, terms=terms, timesteps=timesteps)
+
+
+PLANS: dict[str, Callable[[Options, NoiseSchedule, Sequence[int]], Plan]] = {
+    "late_step": late_step,
+    "several_stops": late_step,
+    "draft_k": draft_k,
+    "draft_lv": draft_lv,
+}
 
 
 def _weight(options: Options, schedule: NoiseSchedule, stop: int) -> float:
