@@ -47,6 +47,7 @@ PARTS = {  # field of `cost.Parts` -> row
     "reward_gradient": "reward forward and backward",
 }
 FAST = json.loads((ROOT / "presets/fast.json").read_text())
+del FAST["description"]
 GUIDED = {"guidance_scale": 7.5}
 TINY = {"tiny_decoder_path": "TAESD's"}
 PRICED = {  # row -> options

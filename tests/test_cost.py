@@ -142,6 +142,8 @@ def test_rates_of_gpus(gpu, rate):
 
 
 def test_the_doctor_tells_minutes(options, monkeypatch):
+    parts = cost.Parts(unet=1, gradient=2, chain=3, decode=4, decode_gradient=5, reward=6, reward_gradient=7)
+    monkeypatch.setattr(cost, "count_parts", lambda *_: parts)
     monkeypatch.setattr(cost, "of_run", lambda *_: (312_000.0, 500.0))  # TFLOP
     assert "minutes" not in doctor.check_cost(options)
     assert "312 PFLOP of training per process; 0.5 PFLOP of validation" in doctor.check_cost(options)
