@@ -21,6 +21,8 @@ Departures from the published code:
   none waits for another's longer rollout; none shares noise.
 - Computes x0 instead of sampling it; scores in float32, on images resized with antialiasing.
 - Encodes prompts once, before training.
+- Goes from x_T to x_k in fewer, larger steps if so asked (--rollout_steps), or takes the gradient through
+  more steps than one (--plan).
 - Resumes bit for bit: no random state exists, and the learning rate is a function of the updates made.
 
 Start it with train_refl_lora.sh. `refl_lora.py --help` explains every option.
@@ -34,7 +36,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from refl.model.conditioning import Conditioning
 from refl.model.lean import lora_cast_once, lora_off
 from refl.preflight import doctor
 from refl.system import devices
@@ -47,7 +48,9 @@ from refl.train.batches import Batches, MicroBatch, read_inputs
 from refl.train.metrics import Metrics, nonfinite
 from refl.train.models import Models, load_models
 from refl.train.options import read_options
+from refl.train.plan import Term
 from refl.train.run import Run
+from refl.train.trajectory import Trajectory, chain_gradient
 from refl.train.update import Updater
 from refl.train.validation import Validator
 
@@ -63,38 +66,33 @@ Gradients = tuple[Tensor, ...]  # one for each LoRA matrix
 
 @dataclass
 class StepResult:
-    """Detached loss, scores and metrics of one micro-batch."""
+    """Detached loss, scores and metrics of one gradient of a micro-batch."""
 
     loss: Tensor  # (), grad_scale * mean over the micro-batch, and weighted regularisers
     scores: Tensor  # (K, B), of each reward, not weighted
     rewards: Tensor  # (B,), their weighted sum
     saturated: Tensor  # (), share of colour values that decode outside [0, 1], where the gradient is zero
+    stop: int | None = None  # index of the denoising step that predicted x0
     regularisers: dict[str, Tensor] = field(default_factory=dict)  # () each, not weighted
 
 
 @torch.no_grad()
-def rollout(models: Models, batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
-    """x_T -> x_k without gradient: each batch's x_k and predicted x0, (B, C, h, w).
+def rollout(models: Models, batches: Sequence[MicroBatch]) -> list[Trajectory]:
+    """x_T -> x_k without gradient; keeps the states that get a gradient.
 
-    All batches are denoised together, which fills a GPU better; each leaves at its own stop index k.
+    All batches are denoised together, which fills a GPU better; each has its own timesteps and leaves after
+    the last.
     """
-    active = sorted(batches, key=lambda batch: batch.plan.stop, reverse=True)  # the next to leave is the last
-    latents = torch.cat([batch.noise[:, 0] for batch in active])
-    conditioning = Conditioning.cat([batch.conditioning for batch in active])
-    stopped = {}
+    trajectories = [Trajectory(batch) for batch in batches]
+    longest_first = sorted(trajectories, key=len, reverse=True)
     with models.on_device(models.base.unet), lora_cast_once(models.base.unet):
-        for index in range(active[0].plan.stop + 1):
-            num_stopping = sum(len(batch.prompts) for batch in active if batch.plan.stop == index)
-            output = models.predict_rollout(latents, index, conditioning, num_stopping)
-            x0 = models.schedule.predict_x0(latents, output, index)
-            while active and active[-1].plan.stop == index:
-                size = len(active[-1].prompts)
-                stopped[id(active.pop())] = latents[-size:], x0[-size:]
-                latents, x0, conditioning = latents[:-size], x0[:-size], conditioning[:-size]
-            if active:
-                noise = torch.cat([batch.noise[:, index + 1] for batch in active])
-                latents = models.schedule.step(latents, x0, index, noise)
-    return [stopped[id(batch)] for batch in batches]
+        for step in range(len(longest_first[0])):
+            active = [own for own in longest_first if step < len(own)]
+            outputs = models.predict_together([own.inputs(step, models.guidance) for own in active])
+            for own, output in zip(active, outputs, strict=True):
+                x0 = models.schedule.predict_x0(own.state.latents, output, own.plan.timesteps[step])
+                own.advance(models.schedule, step, x0)
+    return trajectories
 
 
 def x0_gradient(
@@ -113,7 +111,7 @@ def x0_gradient(
         chunk = slice(start, start + decode_batch_size)
         leaf = x0[chunk].detach().requires_grad_()
         with phase("decode"):
-            images = models.base.decode(leaf)  # (b, 3, H, W)
+            images = models.base.decode_for_gradient(leaf)  # (b, 3, H, W)
         with phase("reward"):
             chunk_scores = models.rewards(images.clamp(0, 1), batch.prompts[chunk])  # (K, b)
             reward = models.rewards.total(chunk_scores)  # (b,)
@@ -137,8 +135,8 @@ def x0_gradient(
 
 def lora_gradient(
     models: Models,
-    batch: MicroBatch,
-    latents: Tensor,
+    trajectory: Trajectory,
+    term: Term,
     upstream: Tensor,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
@@ -149,21 +147,29 @@ def lora_gradient(
 
     Adds the scaled gradients of the regularisers that have a weight, and returns their values, not weighted.
     """
-    at_stop = latents, batch.plan.stop, batch.conditioning, models.guidance[1]
+    batch, timestep = trajectory.batch, trajectory.plan.timesteps[term.step]
+    latents = trajectory.states[term.step].latents.detach().requires_grad_(term.depth > 1)
+    at_stop = latents, timestep, batch.conditioning, models.guidance[1]
     losses, upstreams, regularisers = [], [upstream], {}
     if noise_distance_weight:  # before the graph below exists
         with phase("grad_step"), torch.no_grad(), lora_off(models.base.unet):
             base_output = models.predict(*at_stop)
     with phase("grad_step"):
         output = models.predict(*at_stop)
-        losses.append(models.schedule.predict_x0(latents, output, batch.plan.stop))
+        losses.append(models.schedule.predict_x0(latents, output, timestep))
     if noise_distance_weight:  # ||eps - eps_base||^2, the distance to the base model's prediction
         distance = (output - base_output).square().mean()
         losses.append(scale(noise_distance_weight * distance))
         upstreams.append(None)
         regularisers["noise_distance"] = distance.detach()
     with phase("backward"):
-        gradients = torch.autograd.grad(losses, models.lora, upstreams)
+        inputs = [*models.lora, latents] if term.depth > 1 else models.lora
+        gradients = torch.autograd.grad(losses, inputs, upstreams)
+    if term.depth > 1:  # DRaFT-K: x_k depends on the LoRA, too
+        with phase("chain"):
+            *gradients, of_latents = gradients
+            through = chain_gradient(models, trajectory, term.steps[:-1], of_latents)
+            gradients = torch._foreach_add(gradients, through)
     if batch.pretraining:  # ||eps - eps(z_t, t, c)||^2, the base model's own denoising loss
         with phase("pretraining"):
             noised = batch.pretraining
@@ -187,7 +193,7 @@ def refl_step(
     noise_distance_weight: float = 0.0,
     pretrain_weight: float = 0.0,
 ) -> Iterator[tuple[StepResult, Gradients]]:
-    """Yield each micro-batch's result and its scaled LoRA gradients, scale(d loss / d LoRA).
+    """Yield result and scaled LoRA gradients, scale(d loss / d LoRA), for each term of each batch's plan.
 
     About `rollout_batch_size` images are rolled out together. `scale` keeps small gradients from underflowing
     in float16; `phase` times its block. Regularisers with a weight are part of the loss.
@@ -197,19 +203,21 @@ def refl_step(
     for start in range(0, len(batches), together):
         group = [batch.to(models.lora[0].device) for batch in batches[start : start + together]]
         with phase("rollout"):
-            rolled_out = rollout(models, group)
-        with models.on_device(models.base.vae, *models.rewards.modules()):
+            trajectories = rollout(models, group)
+        terms = [(trajectory, term) for trajectory in trajectories for term in trajectory.plan.terms]
+        with models.on_device(models.base.gradient_decoder, *models.rewards.modules()):
+            settings = grad_scale, reward_target, decode_batch_size, scale, phase
             scored = [
-                x0_gradient(models, batch, x0, grad_scale, reward_target, decode_batch_size, scale, phase)
-                for batch, (_, x0) in zip(group, rolled_out, strict=True)
+                x0_gradient(models, trajectory.batch, trajectory.states[term.step].x0, *settings)
+                for trajectory, term in terms
             ]
         with models.on_device(models.base.unet):
-            for batch, (latents, _), (result, upstream) in zip(group, rolled_out, scored, strict=True):
+            for (trajectory, term), (result, upstream) in zip(terms, scored, strict=True):
                 gradients, regularisers = lora_gradient(
-                    models, batch, latents, upstream * batch.plan.weight, scale, phase, *weights.values()
+                    models, trajectory, term, upstream * term.weight, scale, phase, *weights.values()
                 )
                 loss = result.loss + sum(weights[name] * value for name, value in regularisers.items())
-                yield replace(result, loss=loss, regularisers=regularisers), gradients
+                yield replace(result, stop=term.stop, loss=loss, regularisers=regularisers), gradients
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -277,7 +285,7 @@ def main() -> None:
             with phase("optimizer"):
                 update = updater(accumulated, stop_requested=signals.received is not None)
             seconds = phase.pop() | {"total": time.perf_counter() - step_started}
-            values, rewards = metrics(accumulated, micro_batches, update, seconds)
+            values, rewards = metrics(accumulated, update, seconds)
             values["nonfinite_steps"] = run.progress.nonfinite
 
             # ---- log

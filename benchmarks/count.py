@@ -7,12 +7,11 @@ refl's layers, the published one with the libraries' layers and as one graph. On
 to 0.8 GiB) and fragmentation of its allocator add to the counts; `python -m refl doctor` includes them.
 """
 
+import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
-from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +23,7 @@ from refl.model.lean import (
     make_lean,
 )
 from refl.model.stable_diffusion import decode
-from refl.preflight import memory
+from refl.preflight import cost, memory
 from refl.reward import imagereward
 from refl.system.files import write_whole
 from refl.train.options import Options as TrainingOptions
@@ -32,13 +31,47 @@ from refl.train.options import Options as TrainingOptions
 import baseline_step
 import torch
 import tyro
+from diffusers import AutoencoderTiny
 from random_checkpoint import write_checkpoint
-from step import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-STOPS = range(30, 40)  # as published
+PARTS = {  # field of `cost.Parts` -> row
+    "unet": "UNet forward",
+    "gradient": "UNet forward and backward to the LoRA",
+    "chain": "UNet forward and backward to LoRA and latents",
+    "decode": "decode",
+    "decode_gradient": "decode forward and backward",
+    "reward": "reward",
+    "reward_gradient": "reward forward and backward",
+}
+FAST = json.loads((ROOT / "presets/fast.json").read_text())
+del FAST["description"]
+GUIDED = {"guidance_scale": 7.5}
+TINY = {"tiny_decoder_path": "TAESD's"}
+PRICED = {  # row -> options
+    "as published": {},
+    "`--guidance_scale 7.5`": GUIDED,
+    "the same, `--guidance_in rollout`": GUIDED | {"guidance_in": "rollout"},
+    "the same, `--guidance_in gradient`": GUIDED | {"guidance_in": "gradient"},
+    "`--rollout_steps 20`": {"rollout_steps": 20},
+    "`--rollout_steps 8`": {"rollout_steps": 8},
+    "the same, guided by 7.5": {"rollout_steps": 8} | GUIDED,
+    "`--rollout_steps 5`": {"rollout_steps": 5},
+    "`--plan several_stops --num_gradient_steps 4`": {"plan": "several_stops", "num_gradient_steps": 4},
+    "`--plan draft_k --num_gradient_steps 4`": {"plan": "draft_k", "num_gradient_steps": 4},
+    "`--plan draft_lv --num_gradient_steps 2`": {"plan": "draft_lv", "num_gradient_steps": 2},
+    "`--decode_resolution 256`": {"decode_resolution": 256},
+    "`--tiny_decoder_path`, TAESD": TINY,
+    "`--rollout_steps 8 --decode_resolution 256`": {"rollout_steps": 8, "decode_resolution": 256},
+    "`--rollout_steps 8 --tiny_decoder_path`": {"rollout_steps": 8} | TINY,
+    "`--rollout_steps 5 --tiny_decoder_path`": {"rollout_steps": 5} | TINY,
+    "`presets/fast.json`": FAST,
+    "`--gradient_checkpointing`": {"gradient_checkpointing": True},
+    "`--noise_distance_weight`": {"noise_distance_weight": 0.1},
+    "`--pretrain_data`": {"pretrain_data": "captioned images"},
+}
 TEXT_ENCODER, VAE_ENCODER = (
     123_060_480,
     34_163_664,
@@ -60,36 +93,6 @@ def inputs(size: int, resolution: int, dtype: torch.dtype) -> tuple[torch.Tensor
     side = resolution // 8
     latents = torch.empty(size, 4, side, side, dtype=dtype)
     return latents, torch.tensor(1), torch.empty(size, 77, 768, dtype=dtype)
-
-
-def count_flops(folders: tuple[str, str], resolution: int) -> dict[str, float]:
-    """Count TFLOP per image of each part of our step."""
-    ends = {"start": 0}  # part -> FLOPs until its end
-    reward = imagereward.load_empty(folders[1])
-    with memory.without_content(folders[0], 4, torch.float32) as base:
-        unet, vae = base.unet, base.vae
-        memory.empty(reward)
-        for model in (unet, vae):
-            make_lean(model)
-        lora = [p for p in unet.parameters() if p.requires_grad]
-        with flop_counter() as counter:
-            with torch.no_grad():
-                unet(*inputs(1, resolution, torch.float32))
-            ends["UNet forward"] = counter.get_total_flops()
-            x0 = torch.empty(1, 4, resolution // 8, resolution // 8, requires_grad=True)
-            images = decode(vae, x0)
-            ends["decode"] = counter.get_total_flops()
-            score = reward(images.clamp(0, 1), [""]).sum()
-            ends["reward"] = counter.get_total_flops()
-            (gradient,) = torch.autograd.grad(score, images)
-            ends["reward backward"] = counter.get_total_flops()
-            torch.autograd.grad(images, x0, gradient)
-            ends["decode backward"] = counter.get_total_flops()
-            eps = unet(*inputs(1, resolution, torch.float32)).sample
-            ends["UNet forward with gradient"] = counter.get_total_flops()
-            torch.autograd.grad(eps, lora, torch.empty_like(eps))
-            ends["UNet backward"] = counter.get_total_flops()
-    return {part: (end - start) / 1e12 for (_, start), (part, end) in pairwise(ends.items())}
 
 
 def count_baseline(folders: tuple[str, str], resolution: int, batch_size: int, dtype: torch.dtype) -> float:
@@ -165,22 +168,50 @@ def count_inference(folders: tuple[str, str], batch_size: int, dtype: torch.dtyp
 # ----------------------------------------------------------------------------------------------------- tables
 
 
+def training_options(folders: tuple[str, str], **changes) -> TrainingOptions:
+    """Options of a training of SD-1.4, as published but for `changes`."""
+    published = {
+        "guidance_scale": 1.0,
+        "pretrained_model_name_or_path": folders[0],
+        "reward_path": folders[1],
+    }
+    return TrainingOptions(**published | changes)
+
+
 def flops_table(folders: tuple[str, str]) -> Iterator[str]:
     """Yield the lines of the table of FLOPs, by part and resolution."""
-    forwards = sum(STOPS) / len(STOPS) + 1  # the last one gives x0
-    flops = {}
+    options, columns = training_options(folders), {}
     for resolution in (256, 512, 768):
-        parts = count_flops(folders, resolution)
-        step = Counter(parts)
-        step["rollout"] = step.pop("UNet forward") * forwards
-        flops[resolution] = parts | {
-            f"rollout, {forwards} UNet forwards": step["rollout"],
-            "step": step.total(),
-        }
-    yield "| part | " + " | ".join(map(str, flops)) + " |"
-    yield "|---|" + "---|" * len(flops)
-    for part in flops[512]:
-        yield f"| {part} | " + " | ".join(f"{parts[part]:.3g}" for parts in flops.values()) + " |"
+        parts = cost.count_parts(options, torch.float32, resolution)
+        own = {name: getattr(parts, field) for field, name in PARTS.items()}
+        own |= {f"step: {part}": tflop for part, tflop in cost.per_image(options, parts).items()}
+        own["step"] = sum(cost.per_image(options, parts).values())
+        own["validation"] = cost.validation_image(options, parts)
+        columns[resolution] = own
+    yield "| part | " + " | ".join(map(str, columns)) + " |"
+    yield "|---|" + "---|" * len(columns)
+    for part in columns[512]:
+        yield f"| {part} | " + " | ".join(f"{own[part]:.3g}" for own in columns.values()) + " |"
+
+
+def options_table(folders: tuple[str, str]) -> Iterator[str]:
+    """Yield the lines of the table of FLOPs by option, at 512x512."""
+    tiny_decoder = f"{folders[1]}/tiny_decoder"  # the configuration's defaults are TAESD's
+    AutoencoderTiny().save_config(tiny_decoder)
+    published = None
+    yield "| options | rollout | decoder | reward | gradient | step | share of published |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, changes in PRICED.items():
+        if "tiny_decoder_path" in changes:
+            changes = changes | {"tiny_decoder_path": tiny_decoder}
+        options = training_options(folders, **changes)
+        image = cost.per_image(options, cost.count_parts(options, torch.float32, 512))
+        total = sum(image.values())
+        published = published or total
+        yield (
+            f"| {name} | {' | '.join(f'{tflop:.3g}' for tflop in image.values())} | {total:.3g} "
+            f"| {total / published:.0%} |"
+        )
 
 
 def memory_table(folders: tuple[str, str]) -> Iterator[str]:
@@ -201,13 +232,8 @@ def memory_table(folders: tuple[str, str]) -> Iterator[str]:
         (256, "bf16", 1),
         (768, "bf16", 1),
     ):
-        options = TrainingOptions(
-            pretrained_model_name_or_path=folders[0],
-            reward_path=folders[1],
-            train_batch_size=batch_size,
-            gradient_accumulation_steps=8 // batch_size,
-            guidance_scale=1.0,  # as published
-        )
+        sizes = {"train_batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
+        options = training_options(folders, **sizes)
         dtype = DTYPES[precision]
         ours, low_memory = (
             max(sum(sizes) for sizes in memory.count(o, dtype, resolution).values())
@@ -243,6 +269,7 @@ def inference_table(folders: tuple[str, str]) -> Iterator[str]:
 
 TABLES = {  # heading -> lines
     "TFLOP per image, by resolution": flops_table,
+    "TFLOP per image of a training step at 512x512, by option": options_table,
     "GiB of a training step, 8 images per optimizer step": memory_table,
     "One UNet forward of a rollout, bf16, 512x512": launches_table,
     "GiB of inference at 512x512, guided": inference_table,

@@ -40,6 +40,7 @@ from refl.model.stable_diffusion import (
     load_stable_diffusion,
     vae_factor,
 )
+from refl.preflight.cost import flop_counter
 from refl.reward import (
     imagereward,
     rewards,
@@ -53,7 +54,7 @@ from refl.system.files import write_whole
 from refl.system.timing import Phases
 from refl.train.batches import MicroBatch
 from refl.train.models import Models
-from refl.train.plan import Plan
+from refl.train.plan import to_stop
 
 import baseline_step
 import torch
@@ -62,11 +63,6 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from matplotlib.figure import Figure
 from random_checkpoint import write_checkpoint
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 from tqdm import tqdm
 
 PHASES = ("text", "rollout", "grad_step", "decode", "reward", "backward", "optimizer")
@@ -178,6 +174,8 @@ class Step:
         shape = parts.latent_shape(case.resolution or own_resolution)
         embeds = dict(zip(names[:32], parts.encode_prompts(names[:32]), strict=True))
 
+        self.schedule = NoiseSchedule(parts.scheduler_config, options.num_inference_steps)
+
         def micro_batches(step: int) -> list:
             batches = []
             for micro_step in range(options.gradient_accumulation_steps):
@@ -185,7 +183,7 @@ class Step:
                 noise = randomness.noise((0, 0, step, micro_step), range(case.batch_size), (stop + 1, *shape))
                 chosen = [names[(step * 8 + micro_step * 3 + i) % 32] for i in range(case.batch_size)]
                 conditioning = Conditioning.stack([embeds[name] for name in chosen]).to(torch.device("cpu"))
-                batches.append(MicroBatch(chosen, conditioning, noise, Plan((stop,))))
+                batches.append(MicroBatch(chosen, conditioning, noise, to_stop(self.schedule, stop)))
             return batches
 
         self.micro_batches, self.index = micro_batches, 0
@@ -203,7 +201,7 @@ class Step:
                 reward, self.accelerator.prepare(self.optimizer), self.accelerator,
             )  # fmt: skip
             self.run = lambda batches, phase: baseline_step.baseline_step(
-                self.models, [(b.prompts, b.noise, b.plan.stop) for b in batches], 0.01,
+                self.models, [(b.prompts, b.noise, b.plan.terms[0].stop) for b in batches], 0.01,
                 options.num_inference_steps, 1.0, phase,
             )  # fmt: skip
             return
@@ -219,7 +217,7 @@ class Step:
             parts,
             lora,
             rewards.WeightedRewards({"imagereward": reward}, {"imagereward": 1.0}),
-            NoiseSchedule(parts.scheduler_config, options.num_inference_steps, device),
+            self.schedule,
         )
         self.models.rewards.validated.add("imagereward")  # costs a backward pass
         if self.is_compiled:
@@ -274,23 +272,6 @@ class Step:
 
 
 # ------------------------------------------------------------------------------------------------- measuring
-
-
-def flop_counter():
-    """torch's, which does not know the CPU's attention."""
-
-    def forward(query, key, value, *_, out_shape=None, **__) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward(gradient, query, key, value, *_, out_shape=None, **__) -> int:
-        return sdpa_backward_flop_count(gradient, query, key, value)
-
-    aten = torch.ops.aten
-    mapping = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 class Clock:

@@ -125,7 +125,6 @@ def to_cuda(models: Models, options: Options) -> None:
     for model in (base.text_encoder, base.unet, base.vae, *modules):
         to_fake(model, home)
     models.lora = [matrix for matrix in base.unet.parameters() if matrix.requires_grad]
-    models.schedule.timesteps = torch.empty_like(models.schedule.timesteps, device=DEVICE)
     if options.low_memory:
         train_models._offload(models, DEVICE)
 
@@ -208,7 +207,7 @@ def optimizer_step(folder: Path, case: Case) -> Report:
         update = updater(accumulated, stop_requested=False)
         report.update_syncs = observer.syncs.copy()
         observer.forget()
-        Metrics(options, models.rewards, ACCELERATOR)(accumulated, micro_batches, update, {"total": 1.0})
+        Metrics(options, models.rewards, ACCELERATOR)(accumulated, update, {"total": 1.0})
         report.metrics_syncs = observer.syncs.copy()
         moments = [
             own[name] for own in updater.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")

@@ -1,4 +1,4 @@
-"""DDPM against diffusers' own, and LoRA files against diffusers' own pipeline."""
+"""The model, and LoRA files against diffusers' own pipeline."""
 
 import copy
 import json
@@ -11,11 +11,10 @@ from refl.model.pipeline import SAMPLERS, generate, load_lora, load_pipeline
 from refl.model.stable_diffusion import decode, load_stable_diffusion
 from refl.system.errors import UserError
 
-import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
 import pytest
 import torch
 from conftest import save_lora
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from random_checkpoint import SIZES, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,38 +27,6 @@ def move_lora(lora, scale=0.5):
     with torch.no_grad():
         for matrix in lora:
             matrix.copy_(torch.randn(matrix.shape, generator=generator) * scale)
-
-
-@pytest.mark.parametrize("num_inference_steps", [1, 4, 20, 40, 50])
-def test_ddpm_is_that_of_diffusers(parts, monkeypatch, num_inference_steps):
-    scheduler = DDPMScheduler.from_config(parts.scheduler_config, clip_sample=False)
-    scheduler.set_timesteps(num_inference_steps)
-    schedule = NoiseSchedule(parts.scheduler_config, num_inference_steps)
-    assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
-    generator = torch.Generator().manual_seed(0)
-    latents, eps, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
-    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: noise)
-    for index, t in enumerate(scheduler.timesteps):
-        theirs = scheduler.step(eps, t, latents)
-        x0 = schedule.predict_x0(latents, eps, index)
-        stepped = schedule.step(latents, x0, index, noise)
-        torch.testing.assert_close(stepped, theirs.prev_sample, rtol=2e-4, atol=2e-5)
-        torch.testing.assert_close(x0, theirs.pred_original_sample, rtol=1e-4, atol=1e-5)
-
-
-def test_forty_steps_are_the_published_ones(parts):
-    schedule = NoiseSchedule(parts.scheduler_config, 40)
-    assert schedule.timesteps[[0, 1, -2, -1]].tolist() == [976, 951, 26, 1]
-    slopes = [((1 - abar) / abar) ** 0.5 for abar in schedule.alphas_cumprod]  # |d x0 / d eps|
-    assert [round(slopes[k], 2) for k in (30, 33, 36, 38, 39)] == [0.63, 0.46, 0.29, 0.16, 0.04]
-
-
-def test_clip_sample_is_never_on(parts):
-    # diffusers' default for DDPM is to clip x0 to [-1, 1], which latents are not in.
-    config = {key: value for key, value in parts.scheduler_config.items() if key != "clip_sample"}
-    latents = torch.full((1, 4, 8, 8), 5.0)
-    assert NoiseSchedule(config, 40).predict_x0(latents, torch.zeros_like(latents), 39).min() > 4.9
-    assert not NoiseSchedule({**config, "clip_sample": True}, 40).predict_x0(latents, latents, 39).max() <= 1
 
 
 def test_other_predictions_are_refused(parts):

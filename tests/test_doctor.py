@@ -53,7 +53,8 @@ def test_the_command_prints_a_table(tiny, tmp_path, monkeypatch, capsys):
 
 def test_the_options_of_a_run_may_all_be_given(options, monkeypatch, capsys, tmp_path):
     saved = dataclasses.asdict(options) | {"reward": "nothing", "train_batch_size": 3}
-    del saved["preset"], saved["options_file"], saved["main_process_port"]
+    for name in ("preset", "options_file", "main_process_port", "tflops"):
+        del saved[name]
     (tmp_path / "options.json").write_text(json.dumps(saved))
     for given in ([f"--{name}={saved[name]}" for name in ("reward", "reward_path", "train_batch_size")],
                   [f"--options_file={tmp_path / 'options.json'}"]):  # fmt: skip

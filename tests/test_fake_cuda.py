@@ -15,6 +15,10 @@ from fake_cuda_step import Case, Report
 
 FLOAT32 = {("cuda", torch.float32)}
 GUIDED = {"guidance_scale": 3.0}
+SHORT = {
+    "num_inference_steps": 4, "max_stop": 3, "gradient_accumulation_steps": 3, "rollout_steps": 3,
+    "rollout_sampler": "dpm++", "plan": "draft_k", "num_gradient_steps": 2, "decode_resolution": 32,
+}  # fmt: skip
 REGULARISED = {"noise_distance_weight": 1.0, "pretrain_weight": 0.5}
 # Host syncs of the updater, once an optimizer step: loss and whether to stop are read together, and
 # the gradient norm; in float16 the scale before and after, and whether a gradient overflowed.
@@ -28,10 +32,11 @@ CASES = {
         | {"guidance_in": "rollout", "lora_in_uncond": False, "max_stop": 1, "gradient_accumulation_steps": 3}
     ),
     "regularised": Case(options=REGULARISED),
+    "short rollouts, a gradient through several steps": Case(options=SHORT),
     "low memory, all at once": Case("fp16", {"low_memory": True} | GUIDED | REGULARISED),
     "full size": Case(is_full_size=True),
 }
-DEFAULT_TIER = ("bf16", "low memory, all at once")
+DEFAULT_TIER = ("bf16", "low memory, all at once", "short rollouts, a gradient through several steps")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,9 @@ def test_a_step_stays_on_the_gpu_in_its_precision(step, name):
         "decode": {torch.float32 if dtype == torch.float16 else dtype},  # it overflows in float16
         "reward": {dtype, torch.float32},  # its head and its score are in float32
         "grad_step": {dtype},
-    } | ({"pretraining": {dtype}} if case.options.get("pretrain_weight") else {})
+        **({"pretraining": {dtype}} if case.options.get("pretrain_weight") else {}),
+        **({"chain": {dtype}} if case.options.get("plan") == "draft_k" else {}),
+    }
     assert {phase: report.dtypes[phase] for phase in expected} == expected
     assert report.update_syncs.total() == UPDATE_SYNCS[case.precision], report.update_syncs
 

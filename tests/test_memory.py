@@ -17,7 +17,7 @@ from refl.system.errors import UserError
 from refl.train.batches import MicroBatch
 from refl.train.models import Models
 from refl.train.options import Options
-from refl.train.plan import Plan
+from refl.train.plan import to_stop
 
 import pytest
 import torch
@@ -74,7 +74,8 @@ def test_the_count_is_what_a_step_takes(options, tiny, changes, resolution):
             model.enable_gradient_checkpointing()
     noise = randomness.noise((1,), range(3), (2, 4, side, side))
     conditioning = Conditioning({"encoder_hidden_states": torch.zeros(3, 77, 16)})
-    batches = [MicroBatch(["a fox"] * 3, conditioning, noise, Plan((1,))) for _ in range(2)]
+    plan = to_stop(models.schedule, 1)
+    batches = [MicroBatch(["a fox"] * 3, conditioning, noise, plan) for _ in range(2)]
 
     def step(batches=batches):
         for _ in refl_lora.refl_step(models, batches, 1.0, 2.0, options.decode_batch_size, 8):

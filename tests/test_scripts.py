@@ -194,6 +194,8 @@ def test_a_run_repeats_from_its_options_file(training_options, tmp_path, monkeyp
         "--guidance_scale 3 --reward_target None",
         "--guidance_scale 3 --guidance_in rollout --no_lora_in_uncond --normalize_by_stop",
         "--noise_distance_weight 0.1 --lora_shrinkage 0.01 --low_memory",
+        "--rollout_steps 3 --rollout_sampler dpm++sde --plan draft_k --num_gradient_steps 2",
+        "--rollout_sampler ddim --plan draft_lv --num_gradient_steps 2 --decode_resolution 32",
         "--mixed_precision bf16 --allow_tf32",
         "--mixed_precision fp16 --max_grad_norm inf",
         "--validation_steps 0 --report_to none --resolution 128",

@@ -16,7 +16,7 @@ from refl.reward.rewards import load as load_rewards
 from refl.system import randomness
 from refl.train.batches import MicroBatch, Pretraining
 from refl.train.models import Models
-from refl.train.plan import Plan
+from refl.train.plan import Plan, Term, to_stop
 
 import diffusers.schedulers.scheduling_ddpm as scheduling_ddpm
 import pytest
@@ -58,7 +58,7 @@ def refl_step(
     models, conditioning, noise, stop, grad_scale, target, pretraining=None, **options
 ) -> SimpleNamespace:
     """The step for one micro-batch."""
-    batch = MicroBatch(PROMPTS, conditioning, noise, Plan((stop,)), pretraining)
+    batch = MicroBatch(PROMPTS, conditioning, noise, to_stop(models.schedule, stop), pretraining)
     [(result, gradients)] = refl_lora.refl_step(models, [batch], grad_scale, target, **options)
     return SimpleNamespace(**vars(result), gradients=gradients)
 
@@ -157,13 +157,17 @@ def test_regularisers_are_part_of_the_gradient(parts, reward, monkeypatch, guida
 def test_a_gradient_can_be_weighted_by_its_stop(parts, reward):
     models, conditioning, noise = build(parts, reward)
     plain = refl_step(models, conditioning, noise, STOP, 0.01, 2.0)
-    batch = MicroBatch(PROMPTS, conditioning, noise, Plan((STOP,), weight=3.0))
+    plan = Plan(models.schedule.timesteps[: STOP + 1], (Term(STOP, STOP, weight=3.0),))
+    batch = MicroBatch(PROMPTS, conditioning, noise, plan)
     [(result, gradients)] = refl_lora.refl_step(models, [batch], 0.01, 2.0)
     assert result.loss.item() == plain.loss.item()
     assert relative_difference(gradients, [3 * gradient for gradient in plain.gradients]) < 1e-12
     eps = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    x0 = models.schedule.predict_x0(torch.ones((), dtype=torch.float64), eps, STOP)
-    assert models.schedule.x0_slope(STOP) == pytest.approx(-torch.autograd.grad(x0, eps)[0].item(), rel=1e-12)
+    timestep = models.schedule.timesteps[STOP]
+    x0 = models.schedule.predict_x0(torch.ones((), dtype=torch.float64), eps, timestep)
+    assert models.schedule.x0_slope(timestep) == pytest.approx(
+        -torch.autograd.grad(x0, eps)[0].item(), rel=1e-12
+    )
 
 
 def test_gradient_is_that_of_finite_differences(parts, reward):
@@ -212,7 +216,7 @@ def test_micro_batches_are_rolled_out_together_as_alone(parts, reward, guidance,
             [PROMPTS[i % 3]],
             conditioning[i % 3 : i % 3 + 1],
             (i + 1) * noise[i % 3, None],
-            Plan((stop,)),
+            to_stop(models.schedule, stop),
         )
         for i, stop in enumerate([3, 5, 0, 3, 4])
     ]
@@ -276,10 +280,12 @@ def test_half_precision_keeps_the_lora_in_float32(parts, reward, tiny, dtype):
 def test_saturated_share_is_counted(parts, reward):
     models, conditioning, noise = build(parts, reward)
     with torch.no_grad():
-        batch = MicroBatch(PROMPTS, conditioning, noise, Plan((STOP,)))
-        [(latents, x0)] = refl_lora.rollout(models, [batch])
-        eps = models.predict(latents, STOP, conditioning, 1.0)
-        assert torch.equal(x0, models.schedule.predict_x0(latents, eps, STOP))
+        batch = MicroBatch(PROMPTS, conditioning, noise, to_stop(models.schedule, STOP))
+        [trajectory] = refl_lora.rollout(models, [batch])
+        latents, x0 = trajectory.states[STOP].latents, trajectory.states[STOP].x0
+        timestep = models.schedule.timesteps[STOP]
+        eps = models.predict(latents, timestep, conditioning, 1.0)
+        assert torch.equal(x0, models.schedule.predict_x0(latents, eps, timestep))
         images = models.base.decode(x0)
     share = ((images < 0) | (images > 1)).double().mean().item()
     result = refl_step(models, conditioning, noise, STOP, 0.01, 2.0)

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from refl.system.errors import UserError
+from refl.system.files import require
 
 from safetensors import SafetensorError, safe_open
 
@@ -77,6 +78,36 @@ def resolution_of(folder: str | Path, resolution: int | None) -> int:
             f"{lower + multiple}."
         )
     return resolution
+
+
+def vae_factor_of(folder: str | Path) -> int:
+    """Image pixels per latent pixel, by the VAE's configuration."""
+    return 2 ** (len(read_config(folder, "vae")["block_out_channels"]) - 1)
+
+
+def check_decode_resolution(folder: str | Path, resolution: int, decode_resolution: int) -> None:
+    """Raise `UserError` unless the VAE can decode at `decode_resolution`, and it is not the larger one."""
+    factor = vae_factor_of(folder)
+    if decode_resolution % factor or not factor <= decode_resolution <= resolution:
+        raise UserError(
+            f"--decode_resolution {decode_resolution}: must be a multiple of {factor} pixels, and at most "
+            f"{resolution}, the images' own."
+        )
+
+
+def check_tiny_decoder(folder: str | Path, model: str | Path) -> None:
+    """Raise `UserError` unless `folder` holds a small decoder for the latents of `model`."""
+    files = (Path(folder) / name for name in ("config.json", _UNET[0]))
+    require(dict.fromkeys(files, "madebyollin/taesd"))
+    config, needed = read_config(folder, "."), read_config(model, "vae").get("latent_channels", 4)
+    channels, kind = config.get("latent_channels", 4), config.get("_class_name")
+    upsamplings = len(config.get("num_decoder_blocks", (3, 3, 3, 1))) - 1
+    factor = config.get("upsampling_scaling_factor", 2) ** upsamplings
+    if (kind, channels, factor) != ("AutoencoderTiny", needed, vae_factor_of(model)):
+        raise UserError(
+            f"--tiny_decoder_path {folder}: must be an AutoencoderTiny of {needed} channels for images "
+            f"{vae_factor_of(model)} times as wide; this is {kind}, {channels} channels, {factor} times."
+        )
 
 
 def count_weights(file: Path) -> int:

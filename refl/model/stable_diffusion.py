@@ -10,7 +10,8 @@ from refl.model.lora import ATTENTION_LAYERS
 from refl.system.errors import UserError
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -27,6 +28,8 @@ class StableDiffusion:
     tokenizer: CLIPTokenizer | None = None
     text_encoder: CLIPTextModel | None = None  # None once the prompts are encoded
     scheduler_config: dict = field(default_factory=dict)
+    tiny_decoder: AutoencoderTiny | None = None  # for the gradient alone, as is `decode_side`
+    decode_side: int | None = None  # latent pixels a side of what is decoded; None: all
 
     lora_targets: ClassVar = ATTENTION_LAYERS
 
@@ -43,14 +46,27 @@ class StableDiffusion:
             hidden = self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
             yield from ({"encoder_hidden_states": own} for own in hidden)
 
-    def denoise(self, latents: Tensor, timestep: Tensor, embeds: Embeds) -> Tensor:
-        """The UNet's output, (B, C, h, w), in the dtype of `latents`; computed in that of `embeds`."""
+    def denoise(self, latents: Tensor, timesteps: Tensor, embeds: Embeds) -> Tensor:
+        """The UNet's output at timesteps (B,), (B, C, h, w) in the dtype of `latents`; computed in that of
+        `embeds`."""
         sample = latents.to(embeds["encoder_hidden_states"].dtype)
-        return self.unet(sample, timestep, **embeds).sample.to(latents.dtype)
+        return self.unet(sample, timesteps, **embeds).sample.to(latents.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) of latents (B, C, h, w); see `decode`."""
         return decode(self.vae, latents)
+
+    @property
+    def gradient_decoder(self) -> AutoencoderKL | AutoencoderTiny:
+        """What decodes where d loss / d x0 is taken."""
+        return self.tiny_decoder or self.vae
+
+    def decode_for_gradient(self, latents: Tensor) -> Tensor:
+        """As `decode`, or cheaper: smaller images, made smaller as latents, or by the tiny decoder."""
+        if self.decode_side:
+            size = self.decode_side, self.decode_side
+            latents = F.interpolate(latents, size=size, mode="bicubic", antialias=True)
+        return decode(self.gradient_decoder, latents)
 
     def encode(self, image: Tensor) -> Tensor:
         """Latents (C, h, w) of an image (3, H, W) in [-1, 1]; see `encode`."""
@@ -136,7 +152,7 @@ def vae_factor(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode(vae: AutoencoderKL | AutoencoderTiny, latents: Tensor) -> Tensor:
     """Decode latents (B, C, h, w) at the UNet's scale to images (B, 3, H, W), float32 or wider.
 
     Values lie around [0, 1] and are not clamped.

@@ -20,7 +20,9 @@ from typing import Any
 
 from refl.model.folder import (
     WEIGHT_FILES,
+    check_decode_resolution,
     check_model,
+    check_tiny_decoder,
     count_weights,
     read_config,
     required_files,
@@ -46,6 +48,8 @@ class Options(TrainingOptions):
 
     main_process_port: int = 0
     """Port at which the processes meet; 0: a free one."""
+    tflops: float | None = None
+    """TFLOP/s that training reaches on one GPU, if it was measured, to tell its minutes."""
 
 
 def check_options(options: TrainingOptions) -> str:
@@ -104,6 +108,10 @@ def check_model_files(options: Any) -> str:
     files = [Path(folder) / part / names[0] for part, names in WEIGHT_FILES.items()]
     num_weights = sum(count_weights(file) for file in files if file.exists())
     size = resolution_of(folder, options.resolution)
+    if options.decode_resolution:
+        check_decode_resolution(folder, size, options.decode_resolution)
+    if options.tiny_decoder_path:
+        check_tiny_decoder(options.tiny_decoder_path, folder)
     return f"{folder}: {num_weights / 1e6:,.1f} million weights, {size}x{size}"
 
 
@@ -175,6 +183,34 @@ def check_memory(options: Any) -> str:
     return "; ".join(texts)
 
 
+def check_cost(options: Any) -> str:
+    """Report how many FLOPs the run takes, and how many minutes on a GPU whose rate is known."""
+    from refl.preflight import cost  # only here: its libraries may be what is wrong
+
+    dtype, resolution = _dtype_and_resolution(options)
+    parts = cost.count_parts(options, dtype, resolution)
+    image = cost.per_image(options, parts)
+    training, validation = cost.of_run(options, parts)
+    total = sum(image.values())
+    shares = ", ".join(f"{part} {tflop / total:.0%}" for part, tflop in image.items())
+    texts = [
+        f"computed: {total:.3g} TFLOP an image ({shares})",
+        f"{training / 1000:.3g} PFLOP of training per process",
+        f"{validation / 1000:.3g} PFLOP of validation in all",
+    ]
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+    rate = cost.published_rate(gpu) if dtype != torch.float32 else None
+    if reached := getattr(options, "tflops", None):
+        texts.append(f"{training / reached / 60:.0f} minutes of training at {reached:g} TFLOP/s, as given")
+    elif rate:
+        minutes = training / (cost.ASSUMED_UTILISATION * rate) / 60
+        texts.append(
+            f"about {minutes:.0f} minutes of training on {gpu}, assuming {cost.ASSUMED_UTILISATION:.0%} of "
+            f"the {rate} TFLOP/s that NVIDIA publishes; give what it really reaches by --tflops"
+        )
+    return "; ".join(texts)
+
+
 def _check_host_memory(pinned: float) -> str:
     """Compare GiB of pinned memory per process with the memory of the machine, if the system tells it."""
     text = f"host memory: about {pinned:.1f} GiB pinned per process"
@@ -238,6 +274,7 @@ CHECKS: dict[str, Callable[[Any], str]] = {
     "model": check_model_files,
     "scheduler": check_scheduler,
     "memory": check_memory,
+    "cost": check_cost,
     "prompts": check_prompts,
     "output": check_output,
 }
@@ -246,11 +283,11 @@ CHECKS: dict[str, Callable[[Any], str]] = {
 def check(options: Any, is_training: bool) -> None:
     """Run the checks for refl_lora.py; raises the first `UserError`.
 
-    Skips the prompts, which it reads itself, and the memory of the GPUs, because asking for it takes some.
-    Processes that are about to train also skip the GPUs themselves.
+    Skips the prompts, which it reads itself, the memory of the GPUs, because asking for it takes some, and
+    the cost, which is counted in seconds. Processes that are about to train also skip the GPUs themselves.
     """
     for name, function in CHECKS.items():
-        if name in ("prompts", "memory") or (name == "devices" and is_training):
+        if name in ("prompts", "memory", "cost") or (name == "devices" and is_training):
             continue
         try:
             function(options)

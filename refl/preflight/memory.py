@@ -16,6 +16,7 @@ from refl.model import families
 from refl.model.lean import make_lean
 from refl.model.lora import add_lora
 from refl.model.offload import pinned_size
+from refl.model.tiny_decoder import load_empty_tiny_decoder
 from refl.reward import rewards
 
 import torch
@@ -70,15 +71,8 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
     `UserError`.
     """
     low_memory, trained_on = options.low_memory, rewards.parse(options.reward)
-    judges = empty_rewards(options, dtype)
-    with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as base:
+    with empty_models(options, dtype) as (base, judges):
         unet, vae = base.unet, base.vae
-        for model in (unet, vae):
-            make_lean(model)
-            if options.gradient_checkpointing or low_memory:
-                model.enable_gradient_checkpointing()
-        for reward in judges.values():
-            empty(reward)
         lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         shape = base.latent_shape(resolution)
         is_guided = options.guidance_scale != 1 and options.lora_in_uncond  # else one half after the other
@@ -97,7 +91,7 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
         def decoder_and_reward() -> None:
             size = options.decode_batch_size
             x0 = torch.empty(size, *shape, requires_grad=True)
-            images = base.decode(x0).clamp(0, 1)
+            images = base.decode_for_gradient(x0).clamp(0, 1)
             scores = [reward(images, [""] * size) for name, reward in judges.items() if name in trained_on]
             torch.autograd.grad(sum(scores).sum() if scores else images.mean(), x0)
 
@@ -106,10 +100,11 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
             torch.autograd.grad(eps, lora, torch.empty_like(eps))
 
         trained = 4 * sum(matrix.nbytes for matrix in lora)  # the LoRA, its gradient, AdamW's two means
-        frozen = {model: _frozen_bytes(model) for model in (unet, vae, *judges.values())}
+        decoders = {vae, base.gradient_decoder}
+        frozen = {model: _frozen_bytes(model) for model in (unet, *decoders, *judges.values())}
         parts = {
             "rollout": (rollout, [unet]),
-            "decoder and reward": (decoder_and_reward, [vae, *judges.values()]),
+            "decoder and reward": (decoder_and_reward, [base.gradient_decoder, *judges.values()]),
             "gradient": (gradient, [unet]),
         }
         counted = {}
@@ -124,6 +119,27 @@ def pinned(options: Any, dtype: torch.dtype) -> float:
     judges = empty_rewards(options, dtype).values()
     with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as base:
         return sum(pinned_size(model) for model in (base.unet, base.vae, *judges)) / 2**30
+
+
+@contextmanager
+def empty_models(options: Any, dtype: torch.dtype) -> Iterator[tuple[families.Family, dict[str, nn.Module]]]:
+    """The model with its LoRA, and the rewards that can be counted by name, as a step with `options` uses
+    them; nothing in the block has content."""
+    judges = empty_rewards(options, dtype)
+    with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as base:
+        for model in (base.unet, base.vae):
+            make_lean(model)
+            if options.gradient_checkpointing or options.low_memory:
+                model.enable_gradient_checkpointing()
+        for reward in judges.values():
+            empty(reward)
+        if options.tiny_decoder_path:
+            base.tiny_decoder = load_empty_tiny_decoder(options.tiny_decoder_path)
+            empty(base.tiny_decoder, dtype)
+            make_lean(base.tiny_decoder)
+        if options.decode_resolution:
+            base.decode_side = base.latent_shape(options.decode_resolution)[-1]
+        yield base, judges
 
 
 def empty_rewards(options: Any, dtype: torch.dtype) -> dict[str, nn.Module]:

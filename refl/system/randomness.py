@@ -40,6 +40,15 @@ def stop_index(seed: int, step: int, micro_step: int, min_stop: int, max_stop: i
     return int(generator.integers(min_stop, max_stop, endpoint=True))
 
 
+def stop_indices(
+    seed: int, step: int, micro_step: int, min_stop: int, max_stop: int, number: int
+) -> list[int]:
+    """`number` different ones, rising, as `stop_index` draws one."""
+    generator = np.random.default_rng([Stream.STOP, seed, step, micro_step])
+    stops = generator.choice(range(min_stop, max_stop + 1), size=number, replace=False)
+    return sorted(stops.tolist())
+
+
 def timesteps(key: Sequence[int], indices: Sequence[int], num_timesteps: int) -> Tensor:
     """Training timesteps, uniform in [0, num_timesteps), (len(indices),) int64."""
     drawn = [np.random.default_rng([*key, index]).integers(num_timesteps) for index in indices]

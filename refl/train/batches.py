@@ -13,7 +13,7 @@ from refl.system.randomness import Stream
 from refl.train.captioned import read_captioned, read_square
 from refl.train.models import Models
 from refl.train.options import Options
-from refl.train.plan import PLANS, Plan
+from refl.train.plan import Plan, draw_plan
 
 import torch
 from accelerate import Accelerator
@@ -69,7 +69,7 @@ class MicroBatch:
 
     prompts: list[str]
     conditioning: Conditioning
-    noise: Tensor  # (B, > plan.stop, C, h, w): x_T first, then that of each denoising step
+    noise: Tensor  # (B, len(plan.timesteps), C, h, w): x_T first, then that of each step
     plan: Plan
     pretraining: Pretraining | None = None
 
@@ -98,7 +98,6 @@ class Batches:
         self.global_batch_size = size * accelerator.num_processes
         self.indices = range(rank * size, (rank + 1) * size)  # this process's samples of a micro-step
         self.noise_shape = models.base.latent_shape(inputs.resolution)
-        self.plan = PLANS["late_step"]
         self.embeds = self._encode_prompts(is_quiet=not accelerator.is_main_process)
         self.latents = self._encode_images(is_quiet=not accelerator.is_main_process)
 
@@ -118,13 +117,13 @@ class Batches:
 
     def _micro_batch(self, step: int, micro_step: int) -> MicroBatch:
         key = (self.options.seed, step, micro_step)
-        plan = self.plan(self.options, self.models.schedule, step, micro_step)
+        plan = draw_plan(self.options, self.models.schedule, step, micro_step)
         noise_key = (Stream.NOISE, *key)
         prompts = self._prompts(step, micro_step)
         return MicroBatch(
             prompts=prompts,
             conditioning=self.condition(prompts),
-            noise=randomness.noise(noise_key, self.indices, (plan.stop + 1, *self.noise_shape)),
+            noise=randomness.noise(noise_key, self.indices, (len(plan.timesteps), *self.noise_shape)),
             plan=plan,
             pretraining=self._pretraining(step, micro_step) if self.latents else None,
         )

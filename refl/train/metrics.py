@@ -1,11 +1,9 @@
 """The numbers logged for each optimizer step."""
 
 import math
-from collections.abc import Sequence
 
 from refl.reward.rewards import WeightedRewards
 from refl.system import devices
-from refl.train.batches import MicroBatch
 from refl.train.options import Options
 from refl.train.update import Accumulated, Update
 
@@ -23,12 +21,11 @@ class Metrics:
     def __call__(
         self,
         accumulated: Accumulated,
-        batches: Sequence[MicroBatch],
         update: Update,
         seconds: dict[str, float],
     ) -> tuple[dict[str, float], Tensor]:
         """Values by tag, and the reward of every image of the step, (N,) float32 on the CPU."""
-        values = self._averaged(accumulated, batches, seconds)
+        values = self._averaged(accumulated, seconds)
         scores = torch.cat([result.scores for result in accumulated.results], dim=1)
         scores = self.accelerator.gather(scores.T.contiguous()).T.float().cpu()  # (K, N)
         total, target = self.rewards.total(scores), self.options.reward_target
@@ -47,17 +44,15 @@ class Metrics:
         values |= {f"images_per_second/{name}": len(total) / values[f"seconds/{name}"] for name in seconds}
         return values, total
 
-    def _averaged(
-        self, accumulated: Accumulated, batches: Sequence[MicroBatch], seconds: dict[str, float]
-    ) -> dict[str, float]:
+    def _averaged(self, accumulated: Accumulated, seconds: dict[str, float]) -> dict[str, float]:
         """Averages over processes of each process's numbers."""
         results, device = accumulated.results, self.accelerator.device
         norms = [norm / accumulated.scale / self.options.grad_scale for norm in accumulated.norms]
         numbers = {
             f"gradient_norm_by_stop/{k}": torch.stack(
-                [norm for norm, batch in zip(norms, batches, strict=True) if batch.plan.stop == k]
+                [norm for norm, result in zip(norms, results, strict=True) if result.stop == k]
             ).mean()
-            for k in sorted({batch.plan.stop for batch in batches})
+            for k in sorted({result.stop for result in results})
         }
         for name in results[0].regularisers:
             values = [result.regularisers[name] for result in results]

@@ -1,6 +1,6 @@
 """The models that a training step computes with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,8 @@ from refl.model.guidance import predict
 from refl.model.lean import make_lean
 from refl.model.lora import add_lora
 from refl.model.noise_schedule import NoiseSchedule
+from refl.model.stable_diffusion import vae_factor
+from refl.model.tiny_decoder import load_tiny_decoder
 from refl.reward import rewards
 from refl.reward.rewards import WeightedRewards
 from refl.train.options import Options
@@ -35,27 +37,31 @@ class Models:
     """Context manager that moves offloaded models to the GPU."""
 
     def predict(
-        self, latents: Tensor, index: int, conditioning: Conditioning, guidance_scale: float
+        self, latents: Tensor, timestep: int, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
-        """The network's output at denoising step `index`, (B, C, h, w), guided unless the scale is 1."""
-        timestep = self.schedule.timesteps[index]
-        return predict(self.base, latents, timestep, conditioning, guidance_scale, self.lora_in_uncond)
+        """The network's output at a training timestep, (B, C, h, w), guided unless the scale is 1."""
+        [output] = self.predict_together([(latents, timestep, conditioning, guidance_scale)])
+        return output
 
-    def predict_rollout(
-        self, latents: Tensor, index: int, conditioning: Conditioning, num_stopping: int
-    ) -> Tensor:
-        """The output for samples in a rollout; the last `num_stopping` are guided as the gradient step is."""
-        in_rollout, in_gradient = self.guidance
-        if in_rollout == in_gradient:
-            return self.predict(latents, index, conditioning, in_rollout)
-        first = len(latents) - num_stopping
-        parts = ((slice(first), in_rollout), (slice(first, None), in_gradient))
-        outputs = [
-            self.predict(latents[samples], index, conditioning[samples], scale)
-            for samples, scale in parts
-            if len(latents[samples])
-        ]
-        return torch.cat(outputs)
+    def predict_together(self, inputs: Sequence[tuple[Tensor, int, Conditioning, float]]) -> list[Tensor]:
+        """The outputs of `predict` for several batches; those of one guidance scale share a call."""
+        outputs = {}
+        for scale in dict.fromkeys(scale for *_, scale in inputs):
+            own = [i for i, (*_, other) in enumerate(inputs) if other == scale]
+            latents, timesteps, conditioning = zip(*(inputs[i][:3] for i in own), strict=True)
+            timesteps = [
+                x.new_full(x.shape[:1], t, dtype=torch.int64) for x, t in zip(latents, timesteps, strict=True)
+            ]
+            output = predict(
+                self.base,
+                torch.cat(latents),
+                torch.cat(timesteps),
+                Conditioning.cat(conditioning),
+                scale,
+                self.lora_in_uncond,
+            )
+            outputs |= zip(own, output.split([len(x) for x in latents]), strict=True)
+        return [outputs[i] for i in range(len(inputs))]
 
     @property
     def lora_up(self) -> list[nn.Parameter]:
@@ -75,7 +81,7 @@ def load_models(options: Options, device: torch.device, dtype: torch.dtype) -> M
         base=base,
         lora=lora,
         rewards=rewards.load(options.reward, options.reward_path, home, dtype),
-        schedule=NoiseSchedule(base.scheduler_config, options.num_inference_steps, device),
+        schedule=NoiseSchedule(base.scheduler_config, options.num_inference_steps),
         guidance=(
             1.0 if options.guidance_in == "gradient" else options.guidance_scale,
             1.0 if options.guidance_in == "rollout" else options.guidance_scale,
@@ -86,6 +92,11 @@ def load_models(options: Options, device: torch.device, dtype: torch.dtype) -> M
         models.held_out = rewards.load(
             options.held_out_reward, options.reward_path, home, dtype, "--held_out_reward"
         )
+    if options.tiny_decoder_path:
+        base.tiny_decoder = load_tiny_decoder(options.tiny_decoder_path, dtype, home)
+        make_lean(base.tiny_decoder)
+    if options.decode_resolution:
+        base.decode_side = options.decode_resolution // vae_factor(base.vae)
     for model in (base.unet, base.vae):
         make_lean(model)
         if options.gradient_checkpointing or options.low_memory:
@@ -103,6 +114,7 @@ def _offload(models: Models, device: torch.device) -> None:
         matrix.data = matrix.data.to(device)
     models.on_device = partial(offload.on_device, device)
     if device.type == "cuda":
-        held_out = models.held_out.modules() if models.held_out else []
-        for model in (models.base.unet, models.base.vae, *models.rewards.modules(), *held_out):
+        others = models.held_out.modules() if models.held_out else []
+        others += [models.base.tiny_decoder] if models.base.tiny_decoder else []
+        for model in (models.base.unet, models.base.vae, *models.rewards.modules(), *others):
             offload.pin(model)

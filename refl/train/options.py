@@ -96,11 +96,26 @@ class Options(Files):
     """Images whose reward (the weighted sum) exceeds this get no gradient; None: no limit.
     default: the reward's own, 2.0 for ImageReward as published."""
     num_inference_steps: int = 40
-    """DDPM steps from noise to image."""
+    """Denoising steps from noise to image, by which stops are counted."""
     min_stop: int = 30
     """First denoising step, counted from 0, that may get a gradient."""
     max_stop: int = 39
     """Last denoising step that may get a gradient, inclusive."""
+    rollout_steps: int | None = None
+    """Equal denoising steps that the rollout would take through the whole noise schedule, 1 to 1000.
+    It takes its share of them, to the timestep at which it stops; 8 cost a quarter of the published 40.
+    None: the steps of --num_inference_steps, as published. Validation always takes those."""
+    rollout_sampler: Literal["ddpm", "ddim", "dpm++", "dpm++sde"] = "ddpm"
+    """Sampler of the rollout: DDPM as published, DDIM with eta 0, DPM-Solver++(2M) or its SDE variant.
+    Validation always uses DDPM."""
+    plan: Literal["late_step", "several_stops", "draft_k", "draft_lv"] = "late_step"
+    """How to estimate the gradient; stops are drawn from --min_stop to --max_stop.
+    late_step: ReFL, through the step at which the rollout stops.
+    several_stops: the mean over --num_gradient_steps stops of one rollout.
+    draft_k: through the last --num_gradient_steps steps (Clark et al. 2023, who always stop at the last one).
+    draft_lv: the mean over the stop and --num_gradient_steps - 1 noisings of its x0 (the same paper)."""
+    num_gradient_steps: int = 1
+    """UNet evaluations of a rollout that get a gradient; 1 for late_step."""
     guidance_scale: float = 5.0
     """Scale of classifier-free guidance in training; 1: none, as published. Otherwise the UNet runs twice."""
     guidance_in: Literal["both", "rollout", "gradient"] = "both"
@@ -138,6 +153,13 @@ class Options(Files):
     """Recompute activations of UNet and decoder in the backward pass: less memory, more time."""
     decode_batch_size: int = 1
     """Images decoded and scored at once; must divide --train_batch_size. More need more memory."""
+    decode_resolution: int | None = None
+    """Side in pixels of the images that are decoded for the gradient, from latents made smaller.
+    At most --resolution; 256 at 512 costs a quarter of the decoder. Approximate. None: --resolution, exact.
+    Validation always decodes exactly."""
+    tiny_decoder_path: str | None = None
+    """Folder of a small decoder to use for the gradient alone: diffusers' AutoencoderTiny, such as TAESD.
+    Approximate. None: the model's own, exact."""
     low_memory: bool = False
     """Fit small GPUs at the cost of time; 8 GB suffice at 512 pixels in any precision.
     Recomputes activations, decodes one by one, keeps each frozen model on the GPU only while it is used."""
@@ -319,8 +341,8 @@ def check_values(options: Options) -> None:
     demands = (  # names of options, predicate, requirement in words
         (
             """rank train_batch_size gradient_accumulation_steps decode_batch_size rollout_batch_size
-            max_train_steps num_inference_steps num_validation_images validation_images_per_prompt
-            checkpoints_total_limit max_nonfinite_steps""",
+            max_train_steps num_inference_steps num_gradient_steps num_validation_images
+            validation_images_per_prompt checkpoints_total_limit max_nonfinite_steps""",
             lambda v: v >= 1,
             "be 1 or more",
         ),
@@ -354,6 +376,19 @@ def check_values(options: Options) -> None:
             "max_stop",
             lambda v: v < o.num_inference_steps,
             f"be below --num_inference_steps {o.num_inference_steps}: denoising steps are counted from 0",
+        ),
+        ("decode_resolution", lambda v: v is None or v >= 1, "be None, or 1 or more"),
+        ("rollout_steps", lambda v: v is None or 1 <= v <= 1000, "be None, or 1 to 1000"),
+        ("num_gradient_steps", lambda v: v == 1 or o.plan != "late_step", "be 1 for --plan late_step"),
+        (
+            "num_gradient_steps",
+            lambda v: o.plan != "several_stops" or v <= o.max_stop - o.min_stop + 1,
+            f"be at most {o.max_stop - o.min_stop + 1}, the number of stops that can be drawn",
+        ),
+        (
+            "noise_distance_weight",
+            lambda v: v == 0 or o.plan != "draft_k" or o.num_gradient_steps == 1,
+            "be 0 with --plan draft_k of several steps, which the distance does not cover",
         ),
         (
             "lr_warmup_steps",

@@ -17,11 +17,11 @@ from torch import Tensor
 
 @dataclass
 class Accumulated:
-    """This process's micro-batches of one optimizer step."""
+    """This process's gradients of one optimizer step, one for each term of each micro-batch."""
 
-    results: list[Any]  # of each micro-batch, with its loss
-    norms: list[Tensor]  # () each, of the micro-batch's scaled gradient
-    gradients: list[Tensor]  # scaled, summed over micro-batches, one for each LoRA matrix
+    results: list[Any]  # of each gradient, with its loss
+    norms: list[Tensor]  # () each, of the scaled gradient
+    gradients: list[Tensor]  # scaled, summed, one for each LoRA matrix
     scale: float  # of the gradients: the GradScaler's in float16, else 1
 
 
@@ -29,7 +29,7 @@ class Accumulated:
 class Update:
     """One optimizer step, the same on every process."""
 
-    loss: float  # mean over processes and micro-batches
+    loss: float  # mean over processes and gradients
     grad_norm: float  # before clipping
     learning_rate: float
     stop_requested: bool  # by a signal to any process
@@ -53,10 +53,10 @@ class Updater:
         ).lr_lambdas[0]
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=fp16)
 
-    def accumulate(self, micro_batches: Iterable[tuple[Any, tuple[Tensor, ...]]]) -> Accumulated:
+    def accumulate(self, results: Iterable[tuple[Any, tuple[Tensor, ...]]]) -> Accumulated:
         """Sum the gradients of (result, scaled LoRA gradients) pairs."""
         accumulated = Accumulated([], [], [torch.zeros_like(m) for m in self.lora], self.scaler.get_scale())
-        for result, gradients in micro_batches:
+        for result, gradients in results:
             torch._foreach_add_(accumulated.gradients, gradients)
             accumulated.norms.append(torch.nn.utils.get_total_norm(gradients))
             accumulated.results.append(result)

@@ -13,14 +13,15 @@ from refl.system.randomness import Stream
 from refl.train.batches import Batches, MicroBatch
 from refl.train.models import Models
 from refl.train.options import Options
-from refl.train.plan import Plan
+from refl.train.plan import to_stop
+from refl.train.trajectory import Trajectory
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-Rollout = Callable[[Models, Sequence[MicroBatch]], list[tuple[Tensor, Tensor]]]  # of refl_lora.py
+Rollout = Callable[[Models, Sequence[MicroBatch]], list[Trajectory]]  # of refl_lora.py
 
 
 @dataclass
@@ -87,12 +88,14 @@ class Validator:
         last = len(self.models.schedule.timesteps) - 1
         noise_key = (Stream.VALIDATION, self.options.seed)
         noise = randomness.noise(noise_key, indices, (last + 1, *self.batches.noise_shape))
-        batch = MicroBatch(prompts, self.batches.condition(prompts), noise, Plan((last,)))
-        [(_, x0)] = self.rollout(self.models, [batch.to(self.accelerator.device)])
+        batch = MicroBatch(
+            prompts, self.batches.condition(prompts), noise, to_stop(self.models.schedule, last)
+        )
+        [trajectory] = self.rollout(self.models, [batch.to(self.accelerator.device)])
         images, measured = [], []
         modules = [module for scorer in self.scorers for module in scorer.modules()]
         with self.models.on_device(self.models.base.vae, *modules):
-            for latents, prompt in zip(x0, prompts, strict=True):
+            for latents, prompt in zip(trajectory.state.x0, prompts, strict=True):
                 image = self.models.base.decode(latents[None])
                 measured.append(self._measure(image, prompt))
                 images.append((image.clamp(0, 1) * 255).round().byte())
