@@ -974,7 +974,7 @@ def main() -> None:
     train_base(builder, base, tokenizer, vae)
     train_vision(builder, VisionTrainer(trainer.reward.vision).to(builder.device))
     train_reward_words(builder, trainer)
-    if "reward" in options.stages:
+    if {"reward", "export"} & set(options.stages):
         model = StableDiffusion(vae, base["unet"], tokenizer, base["text_encoder"])
         train_reward(builder, trainer, vae, rated_samples(builder, model, held_out=False))
     if "export" in options.stages:
