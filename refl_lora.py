@@ -17,6 +17,7 @@ Departures from the published code:
   d x0 / d LoRA through the UNet. By the chain rule it is the same gradient, for one more UNet forward (2 % of
   a step), and the two largest graphs never exist together. The micro-batches of an optimizer step share a
   rollout.
+- Trains with guidance, because people draw with it (--preset published does not).
 - Makes k and all noise pure functions of (seed, step, micro-step, sample). All processes share k, so that
   none waits for another's longer rollout; none shares noise.
 - Computes x0 instead of sampling it; scores in float32, on images resized with antialiasing.
