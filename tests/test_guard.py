@@ -274,8 +274,13 @@ def test_validation_shows_diversity_and_shrinkage_shrinks(training_options, tmp_
 def test_validation_is_guided_throughout(
     training_options, monkeypatch, guidance_scale, guidance_in, drawn_with
 ):
-    scales, predict, validate = [], Models.predict, Validator.__call__
-    monkeypatch.setattr(Models, "predict", lambda *a: scales.append(a[4]) or predict(*a))
+    scales, predict, validate = [], Models.predict_together, Validator.__call__
+
+    def counted(models, inputs):
+        scales.extend(scale for *_, scale in inputs)
+        return predict(models, inputs)
+
+    monkeypatch.setattr(Models, "predict_together", counted)
 
     def watched(*arguments):
         before = len(scales)
