@@ -3,6 +3,7 @@
 #
 #   bash demo/run.sh                          minutes on two cores; results in result/demo/
 #   bash demo/run.sh --max_train_steps 50     any option of refl_lora.py except --output_dir
+#   GUIDANCES=5,7.5 bash demo/run.sh          draw with fewer guidances
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./environment.sh requirements.txt
@@ -30,7 +31,8 @@ if ((NUM_PROCESSES > 1)); then
   launch+=(-m refl launch --multi_gpu --num_processes "$NUM_PROCESSES" --main_process_port 0)
 fi
 "${launch[@]}" evaluate.py "${model[@]}" \
-  --prompts demo/prompts/held_out.txt --num_images_per_prompt 2 --batch_size 64 --sweep_guidance 1,2,3,5,7.5 \
+  --prompts demo/prompts/held_out.txt --num_images_per_prompt 2 --batch_size 64 \
+  --sweep_guidance "${GUIDANCES:-1,2,3,5,7.5}" \
   --sampler ddpm --num_inference_steps 20 --lora_paths result/demo/refl_lora --output_dir result/demo/evaluation \
   --held_out_reward judge:all_right,judge:clean,judge:colour,judge:shape,judge:background
 "$PYTHON" demo/verdicts.py result/demo/evaluation

@@ -23,7 +23,7 @@ def copy(tmp_path_factory):
 
 def test_the_demo_learns_shows_it_and_refuses_another_length(copy):
     demo, steps = copy / "demo/run.sh", str(STEPS)
-    run = run_script("bash", demo, "--max_train_steps", steps)
+    run = run_script("bash", demo, "--max_train_steps", steps, GUIDANCES="5,7.5")
     assert run.returncode == 0, run.stderr
     assert "192 prompts, 2 of each" in run.stdout and "judge.all_right" in run.stdout
     evaluation = json.loads((copy / "result/demo/evaluation/evaluation.json").read_text())
