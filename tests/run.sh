@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Make the environment on a fresh machine, lint, test.
 #
-#   bash tests/run.sh                    the default tier: about 3 minutes on two cores
-#   bash tests/run.sh --all              every test: about 14 minutes on two cores
+#   bash tests/run.sh                    the default tier: about 5 minutes on two cores
+#   bash tests/run.sh --all              every test: about 20 minutes on two cores
 #   bash tests/run.sh -k step            any option of pytest
 #   bash tests/run.sh --full-size        one training step at the real sizes: SD-1.4 and ImageReward, random weights;
 #                                        needs 12 GB of memory and 4 GB of disk
