@@ -578,7 +578,7 @@ def annotate(images: np.ndarray) -> tuple[Tensor, Tensor]:
 def roll_out(model: StableDiffusion, captions: list[str], guidance_scale: float, seed: int) -> np.ndarray:
     """Two predicted x0 of a rollout of each caption and its final image, (N, 3, 64, 64, 3) uint8."""
     device = model.unet.device
-    schedule = NoiseSchedule(SCHEDULER, SAMPLING_STEPS, device)
+    schedule = NoiseSchedule(SCHEDULER, SAMPLING_STEPS)
     *prompts, empty = model.encode_prompts([*captions, ""])
     conditioning = Conditioning.stack(prompts, empty)
     torch.manual_seed(seed)
@@ -586,11 +586,13 @@ def roll_out(model: StableDiffusion, captions: list[str], guidance_scale: float,
     latents = torch.randn(len(captions), *model.latent_shape(world.SIZE), device=device)
     images = []
     for index, timestep in enumerate(schedule.timesteps):
-        output = predict(model, latents, timestep, conditioning, guidance_scale)
-        x0 = schedule.predict_x0(latents, output, index)
+        timesteps = torch.full((len(captions),), timestep, device=device)
+        output = predict(model, latents, timesteps, conditioning, guidance_scale)
+        x0 = schedule.predict_x0(latents, output, timestep)
         if index in (early, late, SAMPLING_STEPS - 1):
             images.append(to_arrays(model.decode(x0)))
-        latents = schedule.step(latents, x0, index, torch.randn_like(latents))
+        if index < SAMPLING_STEPS - 1:
+            latents = schedule.step(schedule.timesteps, index, latents, x0, torch.randn_like(latents))
     return np.stack(images, axis=1)
 
 

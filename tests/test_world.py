@@ -13,8 +13,10 @@ from transformers import CLIPTokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 sys.path.insert(0, str(DEMO))
+from refl.model.stable_diffusion import load_stable_diffusion
 from refl.reward import imagereward
 
+import build
 import judge
 import world
 
@@ -288,6 +290,20 @@ def test_shipped_reward_dislikes_spatter():
         clean = reward(tensors(world.draw(specs, geometry)), captions)
         spoilt = reward(tensors(world.draw(specs, geometry, world.random_spatter(rng, 100, 1))), captions)
     assert (clean > spoilt).float().mean() >= 0.95
+
+
+def test_samples_for_the_annotator_are_two_x0_and_the_final_image():
+    """demo/build.py draws them with the package's own parts; the base model gets a guided background right."""
+    folder = DEMO / "checkpoint/stable-diffusion-v1-4"
+    model = load_stable_diffusion(folder, torch.float32, "cpu")
+    captions = [spec.caption(0) for spec in world.SPECS[::6]]
+    images = build.roll_out(model, captions, guidance_scale=3.0, seed=0)
+    assert images.shape == (16, 3, 64, 64, 3) and images.dtype == np.uint8
+    assert (build.roll_out(model, captions, guidance_scale=3.0, seed=0) == images).all()
+    change = np.abs(images[:, 1:].astype(float) - images[:, :-1]).mean((0, 2, 3, 4))
+    assert (change > 0).all()  # x0 of different steps
+    right = judge.grade(images[:, -1], captions)
+    assert right["background"].mean() >= 0.9 and right["colour"].mean() >= 0.6
 
 
 def test_report_of_the_build_meets_its_targets():
