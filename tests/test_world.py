@@ -293,7 +293,7 @@ def test_shipped_reward_dislikes_spatter():
 
 
 def test_samples_for_the_annotator_are_two_x0_and_the_final_image():
-    """demo/build.py draws them with the package's own parts; the base model gets a guided background right."""
+    """demo/build.py draws them with the package, and the base model gets most guided backgrounds right."""
     folder = DEMO / "checkpoint/stable-diffusion-v1-4"
     model = load_stable_diffusion(folder, torch.float32, "cpu")
     captions = [spec.caption(0) for spec in world.SPECS[::6]]
