@@ -1,11 +1,10 @@
 """Check a model's folder in diffusers' layout by its configurations and file headers, without its weights."""
 
-import json
 import math
 from pathlib import Path
 
 from refl.system.errors import UserError
-from refl.system.files import require
+from refl.system.files import read_json, require
 
 from safetensors import SafetensorError, safe_open
 
@@ -50,10 +49,7 @@ def check_model(folder: str | Path, num_inference_steps: int) -> None:
 def read_config(folder: str | Path, part: str, name: str = "config.json") -> dict:
     """Read the JSON object in `folder`/`part`/`name`. Raises `UserError`."""
     path = Path(folder) / part / name
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a configuration: expected an object.")
     return config
@@ -62,9 +58,9 @@ def read_config(folder: str | Path, part: str, name: str = "config.json") -> dic
 def resolution_of(folder: str | Path, resolution: int | None) -> int:
     """Pixels per side: as given, or the model's own. Raises `UserError` if the UNet cannot downsample
     them."""
-    unet, vae = read_config(folder, "unet"), read_config(folder, "vae")
+    unet = read_config(folder, "unet")
     try:
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        factor = vae_factor_of(folder)
         multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
         resolution = int(unet["sample_size"]) * factor if resolution is None else resolution
     except (KeyError, TypeError, ValueError) as error:

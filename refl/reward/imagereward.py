@@ -14,7 +14,6 @@ the weights, and heads, activation and normalisation of the score from `med_conf
 published file lacks default to the published values.
 """
 
-import json
 import logging
 import math
 import re
@@ -26,6 +25,7 @@ from textwrap import shorten
 
 from refl.reward.contract import RewardSpec
 from refl.system.errors import UserError, is_first_process
+from refl.system.files import read_json
 from refl.system.images import read_image
 
 import numpy as np
@@ -345,10 +345,7 @@ def _read(file: Path) -> tuple[ImageReward, dict[str, Tensor]]:
     weights = _rename(read_weights(file), KEYS)
     med_config_file, tokenizer_folder = file.with_name("med_config.json"), file.with_name("bert-base-uncased")
     tokenizer = load_tokenizer(tokenizer_folder)
-    try:
-        med_config = json.loads(med_config_file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{med_config_file} cannot be read ({error}).") from error
+    med_config = read_json(med_config_file)
     if missing := [key for key in SIZING_KEYS if key not in weights]:
         unexpected = [key for key in weights if not re.match(r"(vision|text|head)\.", key)]
         raise _not_imagereward(file, missing, unexpected)

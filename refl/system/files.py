@@ -1,10 +1,12 @@
 """Write files atomically, fingerprint them, and check folders and files before a run."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from refl.system.errors import UserError
 
@@ -26,6 +28,14 @@ def write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises `UserError`."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from error
 
 
 def fingerprint(files: Iterable[Path]) -> str:

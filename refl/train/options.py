@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import io
-import json
 import math
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from refl.system.errors import UserError
+from refl.system.files import read_json
 
 PRESETS = Path(__file__).parents[2] / "presets"  # files like a run's options.json, each with a description
 
@@ -252,10 +252,7 @@ def _paths(files: Files) -> list[Path]:
 
 
 def _read(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}).") from error
+    content = read_json(file)
     if not isinstance(content, dict):
         raise UserError(f"{file} cannot be read (not a JSON object of options).")
     return content
