@@ -7,7 +7,7 @@ almost no pixel deviates from a drawing of that object, in its colour, on its ba
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -50,7 +50,13 @@ def judge(image: np.ndarray) -> Verdict:
     """Read a square image (H, W, 3) uint8 of any size."""
     if image.shape[:2] != (world.SIZE, world.SIZE):
         image = np.asarray(Image.fromarray(image).resize((world.SIZE, world.SIZE), Image.Resampling.BOX))
-    pixels = image.astype(np.float32)
+    return _judge(image.astype(np.uint8).tobytes())
+
+
+@lru_cache(maxsize=1000)  # several attributes of the same images are asked for, one after the other
+def _judge(content: bytes) -> Verdict:
+    """Read the bytes of an image (SIZE, SIZE, 3) uint8."""
+    pixels = np.frombuffer(content, np.uint8).reshape(world.SIZE, world.SIZE, 3).astype(np.float32)
     background = _nearest(pixels[_EDGE], world.BACKGROUND_PALETTE, MIN_PURE_BACKGROUND)
     if background is None:
         return Verdict()
