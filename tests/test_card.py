@@ -179,6 +179,16 @@ def test_every_base_model_is_in_the_card(folder, evaluation):
     assert text.count("Best against best") == 1  # of this folder's LoRA alone
     assert text.count("| reward | 1.000 | 1.500 | +0.625 |") == 1
 
+    best["loras"] = [{"case": 3, "against_best_base": about["cases"][3]["against_base"]}]
+    best["base"] = next(
+        i for i, c in enumerate(about["cases"]) if not c["lora_path"] and c["guidance_scale"] == 3
+    )
+    file.write_text(json.dumps(about | {"best_against_best": best}))
+    card.write(folder, evaluation)
+    text = read(folder)
+    assert "**Mean reward +0.750 → +1.500** at guidance 3, a difference of +0.500" in text
+    assert text.count("| reward | 0.750 | 1.500 | +0.500 |") == 1  # the best are those at the same guidance
+
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"cases": [{}]}', '{"cases": 3}', "{}"])
 def test_a_damaged_evaluation(folder, evaluation, damage):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from refl.model.lora import KOHYA_FILE, LORA_FILE, guidance_of, read_metadata
 from refl.model.pipeline import SAMPLERS
-from refl.report.results import best_comparisons, comparisons
+from refl.report.results import best_comparisons, comparisons, other_comparisons
 from refl.system import checkpoints
 from refl.system.errors import UserError
 from refl.system.files import write_whole
@@ -227,14 +227,14 @@ def _data(options: dict, fingerprint: dict) -> list[str]:
     return lines
 
 
-def _cases(evaluation: dict, digest: str) -> list[tuple[dict, list[tuple[dict, dict]]]]:
-    """Each case with a LoRA, and what it is compared with. The LoRA with SHA-256 `digest` comes first,
-    starting with the case that the report shows."""
+def _cases(evaluation: dict, digest: str) -> list[tuple[dict, list, list]]:
+    """Each case with a LoRA, its `comparisons` and its `other_comparisons`. The LoRA with SHA-256 `digest`
+    comes first, starting with the case that the report shows."""
     if not evaluation:
         return []
     shown = evaluation["cases"][evaluation["shown"]]
     loras = [
-        (case, comparisons(evaluation, index))
+        (case, comparisons(evaluation, index), other_comparisons(evaluation, index))
         for index, case in enumerate(evaluation["cases"])
         if case["against_base"]
     ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from refl.report.results import best_comparisons, comparisons
+from refl.report.results import base_at, best_comparisons, other_comparisons
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
@@ -46,14 +46,15 @@ def text(evaluation: dict, shown: int) -> str:
     """Tables of the shown case against the base model, a line for each other LoRA, and the best against the
     best."""
     case = evaluation["cases"][shown]
-    compared = comparisons(evaluation, shown)
+    compared = other_comparisons(evaluation, shown)
     counts = f"{evaluation['num_prompts']} prompts, {evaluation['num_images_per_prompt']} of each"
-    blocks = [counts + "\n" + "\n\n".join(_table(evaluation, case, *one) for one in compared)]
+    tables = "\n\n".join(_table(evaluation, case, *one) for one in compared)
+    blocks = [f"{counts}\n{tables}".rstrip()]
     others = [i for i, c in enumerate(evaluation["cases"]) if c["against_base"] and i != shown]
     if others:
         rows = [("reward", "against", "difference", "95 % interval", "win / tie / loss")]
         for index in others:
-            for base, against in comparisons(evaluation, index):
+            for base, against in other_comparisons(evaluation, index):
                 rows.append((evaluation["cases"][index]["name"], base["name"], *_cells(against["reward"])))
         blocks.append(_aligned(rows))
     if best := best_comparisons(evaluation):
@@ -113,7 +114,7 @@ def render(evaluation: dict, shown: int, differences: np.ndarray, pairs: dict[st
     return templates.get_template("report.html.jinja").render(
         evaluation=evaluation,
         loras=[
-            (case, comparisons(evaluation, index))
+            (case, other_comparisons(evaluation, index))
             for index, case in sorted(enumerate(cases), key=lambda item: item[0] != shown)
             if case["against_base"]
         ],
@@ -188,7 +189,7 @@ def curves(evaluation: dict) -> list[Markup]:
     runs = {folder: by_step for folder, by_step in runs.items() if len(by_step) > 1}
     if not runs or len(settings) > 1:
         return []
-    base = comparisons(evaluation, evaluation["cases"].index(cases[0]))[0][0]
+    base = base_at(evaluation, cases[0]["guidance_scale"])
 
     def curve(axis: Axes, name: str) -> None:
         for (folder, by_step), style in zip(runs.items(), cycle(("-", "--", ":", "-.")), strict=False):

@@ -129,15 +129,28 @@ def _differences(results: Results, index: int, base: int, tie_margin: float) -> 
     return differences
 
 
+def base_at(evaluation: dict, guidance_scale: float) -> dict:
+    """The base model's case at a guidance."""
+    bases = (case for case in evaluation["cases"] if case["lora_path"] is None)
+    return next(case for case in bases if case["guidance_scale"] == guidance_scale)
+
+
 def comparisons(evaluation: dict, index: int) -> list[tuple[dict, dict]]:
     """What the case at `index` is compared with, and the differences: the base model at the same guidance,
     then at its own default if that is another and the best are not compared with the best."""
-    cases, own = evaluation["cases"], evaluation["cases"][index]
-    bases = {case["guidance_scale"]: case for case in cases if case["lora_path"] is None}
-    found = [(bases[own["guidance_scale"]], own["against_base"])]
+    own = evaluation["cases"][index]
+    found = [(base_at(evaluation, own["guidance_scale"]), own["against_base"])]
     if own.get("against_default_base") and not evaluation.get("best_against_best"):
-        found.append((bases[evaluation["base_guidance_scale"]], own["against_default_base"]))
+        default = base_at(evaluation, evaluation["base_guidance_scale"])
+        found.append((default, own["against_default_base"]))
     return found
+
+
+def other_comparisons(evaluation: dict, index: int) -> list[tuple[dict, dict]]:
+    """Those of `comparisons` that are not among `best_comparisons`, so that no table appears twice."""
+    own = evaluation["cases"][index]
+    best = [base for case, base, _ in best_comparisons(evaluation) if case is own]
+    return [one for one in comparisons(evaluation, index) if not any(one[0] is base for base in best)]
 
 
 def best_comparisons(evaluation: dict) -> list[tuple[dict, dict, dict]]:
