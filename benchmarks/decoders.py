@@ -54,7 +54,7 @@ class Options:
     """As in training."""
     max_stop: int = 17
     """As in training."""
-    guidance_scale: float = 1.0
+    guidance_scale: float = 5.0
     """As in training."""
     num_images: int = 64
     """Images for the cosines."""
