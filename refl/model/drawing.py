@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 AS_TRAINED = ("sampler", "num_inference_steps", "resolution", "lora_in_uncond")  # taken by --as_trained
+NOTED = ("resolution", "lora_in_uncond")  # of these; drawing with another sampler is the usual case
 
 
 @dataclass
@@ -133,8 +134,8 @@ def find_guidance(options: LoraOptions, lora_paths: Sequence[str], is_quiet: boo
 def apply_trained_settings(options: AnyOptions, lora_paths: Sequence[str]) -> AnyOptions:
     """Apply --as_trained: return the options with `AS_TRAINED` as the LoRAs were trained.
 
-    Without it, print a note about settings that differ from the training's. Raises `UserError` for
-    --as_trained with LoRAs of different settings.
+    Without it, print a note about settings of `NOTED` that differ from the training's. Raises `UserError`
+    for --as_trained with LoRAs of different settings.
     """
     trained = {}
     for path in lora_paths:
@@ -151,8 +152,8 @@ def apply_trained_settings(options: AnyOptions, lora_paths: Sequence[str]) -> An
                 )
         return replace(options, **trained[first])
     differ = {
-        _flags(settings, [n for n, value in settings.items() if getattr(options, n) not in (value, None)])
-        for settings in trained.values()
+        _flags(own, [n for n in NOTED if n in own and getattr(options, n) not in (own[n], None)])
+        for own in trained.values()
     }
     for flags in sorted(differ - {""}):
         which = "this LoRA" if len(trained) == 1 else "a LoRA"
