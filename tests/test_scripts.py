@@ -232,7 +232,7 @@ def draw_both_ways(tiny, trained, folder):
         run_in_process(inference, patch, "--output_dir", folder / "sd14", *common)
         run_in_process(inference_lora, patch, *lora, *common)
     assert "guidance 2 (named by the LoRA's file)" in printed.getvalue()
-    assert "trained with --sampler ddpm" in printed.getvalue()  # otherwise than drawn: said
+    assert "note: this LoRA was trained with" not in printed.getvalue()  # sampler and steps usually differ
 
 
 @pytest.fixture(scope="module")
