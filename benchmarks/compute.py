@@ -67,7 +67,6 @@ FAMILIES: dict[str, dict[str, Training]] = {
         "8 steps, quarter": Training("short", length=1 / 4),
     },
     "steps": {
-        "5 steps": Training("short", "--rollout_steps 5"),
         "5 steps, half": Training("short", "--rollout_steps 5", 1 / 2),
         "12 steps, half": Training("short", "--rollout_steps 12", 1 / 2),
     },
@@ -217,7 +216,7 @@ def tune(folder: Path, jobs: int) -> None:
     scores = judge(list(runs), prompts, 1, folder / "chosen", jobs)
     trials = {rollout: [] for rollout in ROLLOUTS}
     for run, (rollout, rate, batch) in runs.items():
-        own = {name: scores[run][measure] for measure, name in FIGURES.items()}
+        own = {name: scores[run][measure] for measure, name in FIGURES.items() if measure in scores[run]}
         trials[rollout].append({"learning rate": rate, "batch": batch} | own)
     write_whole(folder / "tuning.json", json.dumps(trials, indent=1))
 

@@ -155,6 +155,7 @@ def write_images(folder: Path, num_per_spec: int = 8) -> None:
 def train(folder: Path, options: str, seed: int) -> None:
     """Run or resume one training; its output goes to `folder`.log."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    is_finished = (folder / "options.json").exists()
     command = [sys.executable, "refl_lora.py", *DEMO.split(), *options.split(), f"--seed={seed}"]
     with open(f"{folder}.log", "w") as log:
         process = subprocess.Popen([*command, f"--output_dir={folder}"], stdout=log, stderr=log)
@@ -163,8 +164,9 @@ def train(folder: Path, options: str, seed: int) -> None:
         sys.exit(
             f"training {folder} failed with exit code {os.waitstatus_to_exitcode(status)}; see {folder}.log"
         )
-    with open(f"{folder}.seconds", "a") as file:
-        print(usage.ru_utime + usage.ru_stime, file=file)
+    if not is_finished:
+        with open(f"{folder}.seconds", "a") as file:
+            print(usage.ru_utime + usage.ru_stime, file=file)
 
 
 def run(command: Sequence[str]) -> None:
