@@ -54,6 +54,7 @@ DEMO = f"""{WORLD} --prompts demo/prompts/train.txt --validation_prompts demo/pr
 LONG = """--max_train_steps 1000 --lr_scheduler constant --checkpointing_steps 100
     --checkpoints_total_limit 10 --validation_steps 50 --num_validation_images 64
     --validation_images_per_prompt 2 --held_out_reward judge:all_right"""
+HELD_OUT = "demo/prompts/held_out.txt"
 IMAGES = "result/study/images"  # drawn by the world itself, for the pretraining loss
 
 STUDIES = {
@@ -154,11 +155,24 @@ def write_images(folder: Path, num_per_spec: int = 8) -> None:
 def train(folder: Path, options: str, seed: int) -> None:
     """Run or resume one training; its output goes to `folder`.log."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    is_finished = (folder / "options.json").exists()
     command = [sys.executable, "refl_lora.py", *DEMO.split(), *options.split(), f"--seed={seed}"]
     with open(f"{folder}.log", "w") as log:
-        status = subprocess.run([*command, f"--output_dir={folder}"], stdout=log, stderr=log).returncode
+        process = subprocess.Popen([*command, f"--output_dir={folder}"], stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"training {folder} failed with exit code {status}; see {folder}.log")
+        sys.exit(
+            f"training {folder} failed with exit code {os.waitstatus_to_exitcode(status)}; see {folder}.log"
+        )
+    if not is_finished:
+        with open(f"{folder}.seconds", "a") as file:
+            print(usage.ru_utime + usage.ru_stime, file=file)
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a command, and exit if it fails."""
+    if status := subprocess.run(command).returncode:
+        sys.exit(f"{command[1]} failed with exit code {status}")
 
 
 def find_loras(study: str, runs: dict[Path, tuple]) -> list[Path]:
@@ -170,16 +184,16 @@ def find_loras(study: str, runs: dict[Path, tuple]) -> list[Path]:
     return loras or sys.exit(f"{study}: no LoRA found; train first, without --judge_only")
 
 
-def evaluate(study: str, loras: Sequence[Path], folder: Path, jobs: int) -> dict:
-    """Run evaluate.py on LoRAs and return its evaluation.json."""
+def evaluate(
+    loras: Sequence[Path], options: str, folder: Path, jobs: int, prompts: str | Path = HELD_OUT
+) -> dict:
+    """Run evaluate.py on LoRAs with further options and return its evaluation.json."""
     launcher = f"-m refl launch --multi_gpu --num_processes {jobs} --main_process_port 0" if jobs > 1 else ""
     command = [sys.executable, *launcher.split(), "evaluate.py", *WORLD.split()]
     command += "--sampler ddpm --num_inference_steps 20 --batch_size 64 --base_guidance_scale None".split()
-    command += EVALUATIONS[study].split()
-    command += ["--prompts=demo/prompts/held_out.txt", f"--output_dir={folder / 'judged'}"]
+    command += [*options.split(), f"--prompts={prompts}", f"--output_dir={folder / 'judged'}"]
     command += ["--held_out_reward=judge:all_right,judge:clean,judge:colour,judge:shape,judge:background"]
-    if status := subprocess.run([*command, "--lora_paths", *map(str, loras)]).returncode:
-        sys.exit(f"evaluate.py failed with exit code {status}")
+    run([*command, "--lora_paths", *map(str, loras)])
     return json.loads((folder / "judged/evaluation.json").read_text())
 
 
@@ -376,17 +390,16 @@ def report(study: str, evaluation: dict, loras: Sequence[Path], folder: Path) ->
     if study in ("guard", "regularisers"):
         base = {setting: seeds for setting, seeds in scores.items() if setting.run == BASE}
         scores = base | read_plain(folder) | scores
-    about = {
-        "date": date.today().isoformat(),
-        "machine": f"CPU, {os.cpu_count()} cores ({platform.machine()}), torch {version('torch')}",
-        "command": f"python benchmarks/study/study.py {' '.join(sys.argv[1:])}",
-    }
     num_images = evaluation["num_prompts"] * evaluation["num_images_per_prompt"]
     rows = [setting._asdict() | {"seeds": seeds} for setting, seeds in scores.items()]
     best = evaluation["best_against_best"]
-    content = about | {"num_images": num_images, "rows": rows, "best_against_best": best}
+    content = about("benchmarks/study/study.py") | {
+        "num_images": num_images,
+        "rows": rows,
+        "best_against_best": best,
+    }
     write_whole(folder / f"{study}.json", json.dumps(content, indent=1))
-    heading = f"{about['date']}, {about['machine']}: `{about['command']}`"
+    heading = f"{content['date']}, {content['machine']}: `{content['command']}`"
     tables = best_table(study, evaluation, loras) + table(scores)
     write_whole(folder / f"{study}.md", f"{heading}\n\n{num_images} held-out images each.\n\n{tables}")
     is_long = len({setting.step for setting in scores}) > 3
@@ -394,16 +407,30 @@ def report(study: str, evaluation: dict, loras: Sequence[Path], folder: Path) ->
     print(tables)
 
 
+def about(script: str) -> dict[str, str]:
+    """Date, machine and command of a measurement."""
+    return {
+        "date": date.today().isoformat(),
+        "machine": f"CPU, {os.cpu_count()} cores ({platform.machine()}), torch {version('torch')}",
+        "command": f"python {script} {' '.join(sys.argv[1:])}".strip(),
+    }
+
+
 def slug(name: str) -> str:
     """Convert a name to a folder name."""
     return re.sub(r"[^\w.-]+", "_", name)
 
 
+def prepare_environment() -> None:
+    """Set the environment of all child processes."""
+    # Tiny models are fastest with one thread. PYTHONPATH: the oracle is demo/judge.py.
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "demo"}
+
+
 def main() -> None:
     """Train what is missing, evaluate, report."""
     os.chdir(ROOT)
-    # Tiny models are fastest with one thread. PYTHONPATH: the oracle is demo/judge.py.
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "demo"}
+    prepare_environment()
     options = tyro.cli(Options, use_underscores=True)
     options.studies = options.studies or tuple(STUDIES)
     if "regularisers" in options.studies and not options.judge_only:
@@ -421,7 +448,7 @@ def main() -> None:
                 done = pool.map(train, runs, *zip(*runs.values(), strict=True))
                 list(tqdm(done, f"training: {study}", len(runs), unit="run"))
         loras = find_loras(study, runs)
-        evaluation = evaluate(study, loras, folder, options.jobs)
+        evaluation = evaluate(loras, EVALUATIONS[study], folder, options.jobs)
         report(study, evaluation, loras, Path(__file__).parent / "results")
 
 
