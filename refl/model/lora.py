@@ -107,8 +107,8 @@ def check_packed(content: bytes) -> None:
     _load(content)
     try:
         about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        is_ours = {LORA_ADAPTER_METADATA_KEY, METADATA_KEY} <= about.keys()
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        is_ours = METADATA_KEY in about
+    except (ValueError, LookupError, TypeError, RecursionError):
         is_ours = False
     if not is_ours:
         raise UserError("the checkpoint's LoRA has no settings of a training in its metadata.")

@@ -99,9 +99,13 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
     return folder / FILE
 
 
-def check(folder: str | Path) -> None:
-    """Raise `UserError` if a card with an evaluation would replace a file that is not the program's own."""
-    OutputFolder(folder, outputs.RUN).check([*FILES, EVALUATION])
+def check_early(folder: str | Path) -> None:
+    """Print a note if the card of a run cannot be updated after an evaluation, because it was edited say."""
+    if outputs.is_run(folder):
+        try:
+            OutputFolder(folder, outputs.RUN).check([*FILES, EVALUATION])
+        except UserError as error:
+            print(f"note: the model card will not be updated: {error}")
 
 
 def write_if_possible(folder: str | Path, evaluation: str | Path | None = None) -> Path | None:

@@ -1,5 +1,6 @@
 """A run's log: curves, images and options in TensorBoard's files."""
 
+import errno
 import io
 import os
 import re
@@ -53,7 +54,7 @@ class Log:
     def __init__(self, folder: Path | None, first_step: int = 0, purge_step: int | None = None):
         """Points from `purge_step` on, left by an earlier process, are purged when the files are read."""
         self.folder, self.first_step = folder, first_step
-        self.waiting: list[bytes] = []  # records for a file that does not exist yet
+        self.waiting = io.BytesIO()  # records for a file that does not exist yet
         self.file: BinaryIO | None = None
         self._add(file_version="brain.Event:2", step=purge_step)
         if purge_step is not None:
@@ -99,16 +100,15 @@ class Log:
     def _add(self, step: int | None = None, **content: Any) -> None:
         if self.folder is None:
             return
-        record = io.BytesIO()
-        RecordWriter(record).write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
-        self.waiting.append(record.getvalue())
-        is_due = step is not None and step > self.first_step and "summary" in content
-        if self.file is None and not is_due:
-            return
         with self._ending_at_error():
-            self.file = self.file or self._open()
-            self.file.write(b"".join(self.waiting))
-            self.waiting.clear()
+            event = Event(wall_time=time.time(), step=step, **content)
+            RecordWriter(self.waiting).write(event.SerializeToString())
+            is_due = step is not None and step > self.first_step and "summary" in content
+            if self.file or is_due:
+                self.file = self.file or self._open()
+                if self.file.write(self.waiting.getvalue()) < self.waiting.tell():
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.waiting = io.BytesIO()
 
     def _open(self) -> BinaryIO:
         """Create the file. Files are read in the order of their names, which start with a time: the name is

@@ -1,12 +1,15 @@
 """Files of output folders: those of versions that kept no records of what they wrote are known by content."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from refl.model.lora import KOHYA_FILE, LORA_FILE, METADATA_KEY
 from refl.system.checkpoints import is_checkpoint
+from refl.system.errors import UserError
+from refl.system.images import image_size
+from refl.system.ownership import OutputFolder, take
 
 CARD, OPTIONS, SETTINGS, EVALUATION = "README.md", "options.json", "settings.json", "evaluation.json"
 CARD_IMAGES = ("curves.png", "validation_before.png", "validation_after.png", "before_after.png")
@@ -83,3 +86,24 @@ EVALUATED = {
     "images/*/*.png": partial(_is_of_evaluation, levels=2),
 }
 DRAWN = {"rewards.json": _is_rewards, "grid.png": _is_drawn, "[0-9]*.png": _is_drawn}
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder is the output of a training, and not one of its checkpoints."""
+    return (Path(folder) / OPTIONS).is_file()
+
+
+def open_evaluation(folder: Path, prompts_file: str, images: Sequence[Path], side: int) -> OutputFolder:
+    """Lock the folder of an evaluation; raises `UserError` if a report would replace a file of others, or if
+    an image is not the one that was drawn."""
+    output = take(folder, EVALUATED)
+    output.check([name for name in EVALUATED if "*" not in name], inputs=[prompts_file])
+    existing = [image for image in images if image.exists()]
+    wrong = output.foreign([image.relative_to(folder).as_posix() for image in existing])
+    wrong = wrong or [str(image) for image in existing if image_size(image) != (side, side)]
+    if wrong:
+        raise UserError(
+            f"{folder} has {len(wrong)} images that are not those that were drawn there, such as {wrong[0]}. "
+            "Delete them; the same command draws them again."
+        )
+    return output

@@ -81,8 +81,8 @@ def newest(folder: Path) -> dict[str, bytes] | None:
             print(f"warning: {error} Skipping it.", file=sys.stderr, flush=True)
     if saved:
         raise UserError(
-            f"all checkpoints in {folder} are damaged; --resume_from_checkpoint none starts anew and replaces "
-            "them."
+            f"all checkpoints in {folder} are damaged; --resume_from_checkpoint none starts anew and "
+            "replaces them."
         )
     return None
 

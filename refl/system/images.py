@@ -41,6 +41,15 @@ def read_image(path: str | PathLike) -> Image.Image:
         raise UserError(f"{path}: {reason}.") from error
 
 
+def image_size(path: str | PathLike) -> tuple[int, int] | None:
+    """Width and height of an image file, by its header; None if it is not an image."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
 def to_png(image: Image.Image) -> bytes:
     """Convert an image to a PNG file."""
     content = io.BytesIO()

@@ -2,8 +2,8 @@
 
 An output folder has a folder `.refl` with
 
-    written-R.sha256   name and SHA-256 of each file that process R wrote, in the format of `sha256sum`; a line
-                       is appended before the file gets its name, so that a kill never makes it foreign
+    written-R.sha256   SHA-256 and name of each file that process R wrote, in the format of `sha256sum`; the
+                       line is appended before the file gets its name, so that a kill never makes it foreign
     lock               locked by the kernel while a process uses the folder; its text says which one
     *                  files and checkpoints that are not complete yet
 
@@ -59,6 +59,10 @@ class OutputFolder:
             return _digest(path.read_bytes()) in self.written.get(name, ())
         return any(fnmatch(name, pattern) and is_known(path) for pattern, is_known in self.known.items())
 
+    def foreign(self, names: Sequence[str]) -> list[str]:
+        """Those of the files that exist and are not the program's own. Raises `OSError`."""
+        return [name for name in names if os.path.lexists(self.path / name) and not self.is_own(name)]
+
     def check(self, names: Sequence[str], inputs: Collection[str | Path] = ()) -> None:
         """Raise `UserError`, naming all, unless each file can be created or is the program's own.
 
@@ -73,7 +77,7 @@ class OutputFolder:
         for name in names:
             path = self.path / name
             try:
-                is_foreign = os.path.lexists(path) and not self.is_own(name)
+                is_foreign = bool(self.foreign([name]))
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error.strerror}. It would be replaced.") from error
             if path.is_dir():
@@ -182,7 +186,8 @@ def check_place(folder: str | Path, inside: Mapping[str, str | Path | None], at:
             raise UserError(f"--output_dir {folder} is in the folder of {option}, {path}; name another one.")
 
 
-# --------------------------------------------------------------------------------------------------- one writer
+# ------------------------------------------------------------------------------------------------- one writer
+
 
 @dataclass
 class Lock:
@@ -228,7 +233,7 @@ def _lock(folder: Path) -> None:
             if error.errno not in NO_LOCKS:
                 raise
             print(
-                f"warning: the disk of {folder} has no locks ({error.strerror}). Do not start two runs there.",
+                f"warning: the disk of {folder} has no locks ({error.strerror}): start only one run there.",
                 file=sys.stderr,
             )
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -247,6 +252,42 @@ def _holder(path: Path) -> str:
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, LookupError, TypeError):
         return "another process"
+
+
+def check_new_folder(folder: Path) -> Path:
+    """Raise `UserError` unless `folder` can be created; return the folder in which `new_folder` fills it."""
+    if os.path.lexists(folder):
+        raise UserError(f"--output_dir {folder} exists; name a new folder.")
+    check_output_folder(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    if os.path.lexists(partial) and not (partial / PRIVATE).is_dir():
+        raise UserError(f"{partial} is in the way, and this program did not write it. {ADVICE}")
+    return partial
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which is renamed to `folder` at the end of the block and deleted after an error.
+
+    Raises `UserError` if it cannot be written or another process fills it.
+    """
+    partial = check_new_folder(folder)
+    try:
+        private = take(partial).private
+        for path in partial.iterdir():  # of a process that was killed
+            if path != private:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield partial
+        shutil.rmtree(private)
+        partial.rename(folder)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}.") from error
+    finally:
+        if lock := _locks.pop(partial.resolve(), None):
+            shutil.rmtree(partial, ignore_errors=True)  # after an error
+            lock.file.close()
 
 
 @contextmanager

@@ -22,7 +22,8 @@ def of_inputs(options: Options) -> dict[str, str]:
     if options.early_stop:  # held-out rewards then decide which LoRA is the result
         specs |= rewards.parse_held_out(options.held_out_reward)
     for name, (_, spec) in specs.items():
-        parts[f"reward {name}"] = [own for path in spec.files(Path(options.reward_path)) for own in _files(path)]
+        paths = spec.files(Path(options.reward_path))
+        parts[f"reward {name}"] = [file for path in paths for file in _files(path)]
     try:
         return {name: fingerprint(files) for name, files in parts.items()}
     except OSError as error:

@@ -261,7 +261,7 @@ class Run:
             progress.first_validation = progress.validation
 
     def write_best(self) -> None:
-        """Write the best LoRA so far, if there is one, to the folder `BEST`; delete that of a replaced run."""
+        """Write the best LoRA so far, if there is one, to the folder best/; delete that of a replaced run."""
         if not self.accelerator.is_main_process:
             return
         if not self.best_lora:
