@@ -81,10 +81,9 @@ if nvidia-smi -L >/dev/null 2>&1; then
 fi
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 processes=${NUM_PROCESSES:-$((gpus < 2 ? (gpus > 0 ? gpus : 1) : 2))}
-most=$((gpus > 0 ? gpus : 4 * cores)) kind=$((gpus > 0))
+if ((gpus > 0)); then most=$gpus what="the number of visible GPUs"; else most=$((4 * cores)) what="4 per processor"; fi
 if ! [[ $processes =~ ^[1-9][0-9]{0,4}$ ]] || ((processes > most)); then
-  kinds=("4 times the number of processors" "the number of visible GPUs")
-  echo "error: NUM_PROCESSES=$processes: must be a number from 1 to $most, ${kinds[kind]}" >&2
+  echo "error: NUM_PROCESSES=$processes: must be a number from 1 to $most, $what" >&2
   exit 2
 fi
 if ((gpus == 0)); then

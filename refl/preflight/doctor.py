@@ -141,8 +141,8 @@ def check_output(options: Any) -> str:
         f"--{name}": getattr(options, name)
         for name in ("pretrained_model_name_or_path", "tiny_decoder_path", "pretrain_data")
     }
-    check_place(folder, inside, {"--reward_path": options.reward_path})
     free = shutil.disk_usage(check_output_folder(folder)).free
+    check_place(folder, inside, {"--reward_path": options.reward_path})
     # A LoRA for SD-1.4 has 0.2 million values per rank; a checkpoint contains each three times, in float32.
     needed = (options.checkpoints_total_limit + 2) * 3 * 4 * 0.2e6 * options.rank + 50e6
     text = f"{free / 1e9:.1f} GB free on the disk of {folder}, about {needed / 1e9:.2f} needed"

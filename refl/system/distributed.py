@@ -110,7 +110,7 @@ def _bound_joining(joined: Event, world_size: int, place: str) -> None:
     if joined.wait(START_NOTE.total_seconds()):
         return
     if is_first_process():
-        print(f"waiting until all {world_size} processes have met at {place} ...", file=sys.stderr, flush=True)
+        print(f"waiting for all {world_size} processes to meet at {place} ...", file=sys.stderr, flush=True)
     if not joined.wait((START_LIMIT - START_NOTE).total_seconds()):
         print(
             f"error: not all {world_size} processes met at {place} within {START_LIMIT}. Start the others, "

@@ -13,11 +13,11 @@ import time
 # Seconds in which processes that are told to stop finish their step and save it.
 os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
 
+from refl.system.errors import UserError
+
 from accelerate.commands import launch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-from refl.system.errors import UserError
 
 # What a signal that ended a process means here.
 REASONS = {

@@ -71,7 +71,7 @@ class OutputFolder:
         existing = check_output_folder(self.path)
         if existing != self.path.absolute():
             return
-        inputs, foreign = {Path(path).resolve() for path in inputs}, []
+        inputs, foreign = {os.path.realpath(path) for path in inputs}, []
         for folder in {(self.path / name).parent for name in names}:
             check_output_folder(folder)
         for name in names:
@@ -82,7 +82,7 @@ class OutputFolder:
                 raise UserError(f"{path} cannot be read: {error.strerror}. It would be replaced.") from error
             if path.is_dir():
                 raise UserError(f"{path} is a folder, where a file is to be written. {ADVICE}")
-            if is_foreign or path.resolve() in inputs:
+            if is_foreign or os.path.realpath(path) in inputs:
                 foreign.append(name)
         if foreign:
             raise UserError(foreign_message(self.path, foreign))
@@ -175,13 +175,13 @@ def check_place(folder: str | Path, inside: Mapping[str, str | Path | None], at:
 
     Both map an option to the folder of an input.
     """
-    place = Path(folder).resolve()
+    place = Path(os.path.realpath(folder))
     if place == REPOSITORY:
         raise UserError(f"--output_dir {folder} is the folder of this program; name another one.")
     for option, path in {**inside, **at}.items():
         if path is None or not Path(path).is_dir():
             continue
-        read = Path(path).resolve()
+        read = Path(os.path.realpath(path))
         if place == read or (option in inside and read in place.parents):
             raise UserError(f"--output_dir {folder} is in the folder of {option}, {path}; name another one.")
 
@@ -197,7 +197,7 @@ class Lock:
     is_new: bool  # whether the folder was created for it
 
 
-_locks: dict[Path, Lock] = {}  # by folder
+_locks: dict[str, Lock] = {}  # by folder
 
 
 def take(folder: str | Path, known: Known | None = None) -> OutputFolder:
@@ -216,7 +216,7 @@ def take(folder: str | Path, known: Known | None = None) -> OutputFolder:
 
 def _lock(folder: Path) -> None:
     """Lock a folder for this process; the kernel unlocks it when the process ends."""
-    place, path, is_new = folder.resolve(), folder / PRIVATE / "lock", not folder.exists()
+    place, path, is_new = os.path.realpath(folder), folder / PRIVATE / "lock", not folder.exists()
     if place in _locks:
         return
     while True:
@@ -274,9 +274,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     partial = check_new_folder(folder)
     try:
         private = take(partial).private
-        for path in partial.iterdir():  # of a process that was killed
-            if path != private:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in set(partial.iterdir()) - {private}:  # of a process that was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield partial
         shutil.rmtree(private)
         partial.rename(folder)
@@ -285,7 +284,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
     finally:
-        if lock := _locks.pop(partial.resolve(), None):
+        if lock := _locks.pop(os.path.realpath(partial), None):
             shutil.rmtree(partial, ignore_errors=True)  # after an error
             lock.file.close()
 
@@ -301,11 +300,12 @@ def locks_released() -> Iterator[None]:
     finally:
         while _locks:
             folder, lock = _locks.popitem()
+            private = Path(folder, PRIVATE)
             with suppress(OSError):
-                if [path.name for path in (folder / PRIVATE).iterdir()] == ["lock"]:
-                    shutil.rmtree(folder / PRIVATE)
+                if os.listdir(private) == ["lock"]:
+                    shutil.rmtree(private)
                     if lock.is_new:
-                        folder.rmdir()  # fails if it holds anything else
+                        os.rmdir(folder)  # fails if it holds anything else
             lock.file.close()
 
 

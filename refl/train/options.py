@@ -262,7 +262,7 @@ def _read(file: Path) -> dict:
 def _read_arguments(file: Path) -> list[str]:
     """Convert a file of options to command-line arguments; raises `UserError` that names the file."""
     skipped = (*COMMAND_ONLY, "description")
-    if names := [name for name in _read(file) if not re.fullmatch("[a-z0-9_]+", name)]:
+    if names := [name for name in _read(file) if not re.fullmatch("[a-z][a-z0-9_]*", name)]:
         raise UserError(f"{file}: {names[0]!r} is not the name of an option; --help lists them.")
     arguments = [_as_argument(name, value) for name, value in _read(file).items() if name not in skipped]
     if not _is_valid(arguments):
