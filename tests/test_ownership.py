@@ -289,7 +289,7 @@ def test_evaluation_knows_its_images_and_leaves_an_edited_card(run, tiny, tmp_pa
     one, other = sorted((tmp_path / "evaluation" / "images").glob("*/*.png"))
     with Image.open(other) as image:
         ImageOps.invert(image).save(one)
-    with pytest.raises(UserError, match="has 1 images that are not those that were drawn there"):
+    with pytest.raises(UserError, match=r"\.png: not the image that was drawn there\. Delete it"):
         run_in_process(evaluate, monkeypatch, *options)
     one.unlink()
     run_in_process(evaluate, monkeypatch, *options)

@@ -99,11 +99,13 @@ def open_evaluation(folder: Path, prompts_file: str, images: Sequence[Path], sid
     output = take(folder, EVALUATED)
     output.check([name for name in EVALUATED if "*" not in name], inputs=[prompts_file])
     existing = [image for image in images if image.exists()]
-    wrong = output.foreign([image.relative_to(folder).as_posix() for image in existing])
-    wrong = wrong or [str(image) for image in existing if image_size(image) != (side, side)]
+    names = {image.relative_to(folder).as_posix(): image for image in existing}
+    wrong = output.foreign(list(names))
+    wrong = wrong or [name for name, image in names.items() if image_size(image) != (side, side)]
     if wrong:
+        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(
-            f"{folder} has {len(wrong)} images that are not those that were drawn there, such as {wrong[0]}. "
-            "Delete them; the same command draws them again."
+            f"{folder / wrong[0]}{others}: not the image that was drawn there. Delete it; the same command "
+            "draws it again."
         )
     return output

@@ -120,6 +120,9 @@ def _unpack(files: dict[str, bytes]) -> tuple[Progress, dict]:
             raise TypeError(f"{name} is {value!r}")
     if not all(isinstance(table, dict) for table in (progress.guard, progress.scaler, fingerprint)):
         raise TypeError("guard, scaler or fingerprint is not a table")
+    inputs = fingerprint.get(INPUTS) or {}
+    if not (isinstance(inputs, dict) and all(isinstance(digest, str) for digest in inputs.values())):
+        raise TypeError("its inputs are not a table of digests")
     if progress.scaler and SCALER - progress.scaler.keys():
         raise LookupError("its scaler is incomplete")
     Guard.from_state(progress.guard)
