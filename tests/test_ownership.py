@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from threading import Timer
 
 import evaluate
 import inference
@@ -126,6 +127,19 @@ def test_one_process_writes_to_a_folder(tmp_path):
         take(folder)  # the same process may
         take(folder).write("a", "text")
     assert (folder / "a").exists()
+
+
+def test_a_process_that_is_ending_is_waited_for(tmp_path):
+    ends = HOLD.replace("time.sleep(600)", "ownership.mark_ending(); input()")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"from refl.system import ownership{ends}", tmp_path], cwd=ROOT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    Timer(0.7, holder.communicate, ["end\n"]).start()
+    with locks_released():
+        take(tmp_path)
+        assert holder.wait() == 0
 
 
 def test_a_folder_in_which_nothing_was_written_disappears(tmp_path):

@@ -242,7 +242,7 @@ def test_faults_end_training_at_the_first_step(own, training_options, monkeypatc
                 f"--reward=own_rewards:{name}",
                 f"--validation_steps={steps}",
             )
-        assert not (own / "out" / "pytorch_lora_weights.safetensors").exists()
+        assert not (own / "out").exists()
 
 
 def test_a_target_below_all_rewards_is_said(own, training_options, monkeypatch, capsys):

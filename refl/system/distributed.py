@@ -11,6 +11,7 @@ from threading import Event, Thread
 
 from refl.system import devices
 from refl.system.errors import UserError, is_first_process
+from refl.system.ownership import mark_ending
 
 import torch
 from accelerate import Accelerator
@@ -134,6 +135,7 @@ def _watch(launcher: int, seconds: float = 1.0) -> None:
         time.sleep(seconds)
     if is_first_process():
         print("warning: the launcher has ended, so its processes stop.", file=sys.stderr, flush=True)
+    mark_ending()  # the same command may have been given again
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -19,6 +19,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from refl.system.files import check_output_folder, sync_folder, write_synced
 
 PRIVATE = ".refl"  # folder inside an output folder
 KEPT_SIZE = 2**20  # bytes; a copy is kept of smaller files that are adopted
+ENDING_LIMIT = 600  # seconds to wait for a process that is ending
 REPOSITORY = Path(__file__).parents[2]
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of disks without locks
 
@@ -217,18 +219,22 @@ def take(folder: str | Path, known: Known | None = None) -> OutputFolder:
 def _lock(folder: Path) -> None:
     """Lock a folder for this process; the kernel unlocks it when the process ends."""
     place, path, is_new = os.path.realpath(folder), folder / PRIVATE / "lock", not folder.exists()
-    if place in _locks:
-        return
-    while True:
+    deadline = time.monotonic() + ENDING_LIMIT
+    while place not in _locks:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115 (stays open as long as the lock)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"{folder} is in use by {_holder(path)}. Wait until it has ended, stop it, or choose another "
-                "--output_dir."
-            ) from error
+            holder = _read_holder(file)
+            file.close()
+            if not holder.get("is_ending") or time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder} is in use by process {holder.get('pid')} on {holder.get('host')}, since "
+                    f"{holder.get('since')}. Wait for its end, stop it, or choose another --output_dir."
+                ) from error
+            time.sleep(0.5)
+            continue
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -237,21 +243,33 @@ def _lock(folder: Path) -> None:
                 file=sys.stderr,
             )
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # the process that held it has just ended and deleted it
+            _locks[place] = Lock(file, is_new)
+            _write_holder(file)
+        else:  # the process that held it has just ended and deleted it
+            file.close()
+
+
+def mark_ending() -> None:
+    """Tell processes that want this one's locks to wait for its end instead of giving up."""
+    for lock in _locks.values():
+        _write_holder(lock.file, is_ending=True)
+
+
+def _write_holder(file: IO[str], is_ending: bool = False) -> None:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now, "is_ending": is_ending}
     file.truncate(0)
-    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}) + "\n")
+    file.write(json.dumps(holder) + "\n")
     file.flush()
-    _locks[place] = Lock(file, is_new)
 
 
-def _holder(path: Path) -> str:
+def _read_holder(file: IO[str]) -> dict:
     try:
-        holder = json.loads(path.read_text())
-        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, LookupError, TypeError):
-        return "another process"
+        file.seek(0)
+        holder = json.load(file)
+    except ValueError:  # not written yet
+        holder = {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def check_new_folder(folder: Path) -> Path:
