@@ -399,6 +399,20 @@ def test_a_resumed_run_notices_other_inputs(options, straight, tiny, tmp_path, m
     assert capsys.readouterr().out.count("finished before") == 2
 
 
+def test_the_code_of_a_reward_is_one_of_the_inputs(tiny, tmp_path, monkeypatch):
+    code = "def red(images, prompts): return images[:, 0].mean((1, 2))\n"
+    (tmp_path / "coded_reward.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = Options(
+        reward="coded_reward:red", pretrained_model_name_or_path=str(tiny / "stable-diffusion-v1-4")
+    )
+    before = identity.of_inputs(options)
+    assert identity.of_inputs(options) == before
+    (tmp_path / "coded_reward.py").write_text(code.replace("0", "1"))
+    after = identity.of_inputs(options)
+    assert {name for name in before if before[name] != after[name]} == {"reward coded_reward.red"}
+
+
 # ------------------------------------------------------------------------------- numbers that are not finite
 
 

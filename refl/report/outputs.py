@@ -100,7 +100,10 @@ def open_evaluation(folder: Path, prompts_file: str, images: Sequence[Path], sid
     output.check([name for name in EVALUATED if "*" not in name], inputs=[prompts_file])
     existing = [image for image in images if image.exists()]
     names = {image.relative_to(folder).as_posix(): image for image in existing}
-    wrong = output.foreign(list(names))
+    try:
+        wrong = output.foreign(list(names))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
     wrong = wrong or [name for name, image in names.items() if image_size(image) != (side, side)]
     if wrong:
         others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""

@@ -58,7 +58,8 @@ class OutputFolder:
         if not path.is_file():
             return False
         if self.written:
-            return _digest(path.read_bytes()) in self.written.get(name, ())
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() in self.written.get(name, ())
         return any(fnmatch(name, pattern) and is_known(path) for pattern, is_known in self.known.items())
 
     def foreign(self, names: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What identifies the inputs of a run besides its options: the content of the files it computes with."""
 
+import sys
 from pathlib import Path
 
 from refl.model.folder import MODEL_PARTS, part_files
@@ -10,7 +11,8 @@ from refl.train.options import Options
 
 
 def of_inputs(options: Options) -> dict[str, str]:
-    """SHA-256 of samples of the files of each part of the model and of each reward, by the part's name.
+    """SHA-256 of samples of the files of each part of the model and of each reward, or of the code of
+    the user's own, by the part's name.
 
     Takes milliseconds, whatever the size. Raises `UserError` for a file that cannot be read.
     """
@@ -22,12 +24,21 @@ def of_inputs(options: Options) -> dict[str, str]:
     if options.early_stop:  # held-out rewards then decide which LoRA is the result
         specs |= rewards.parse_held_out(options.held_out_reward)
     for name, (_, spec) in specs.items():
-        paths = spec.files(Path(options.reward_path))
+        paths = spec.files(Path(options.reward_path)) or _module_files(name)
         parts[f"reward {name}"] = [file for path in paths for file in _files(path)]
     try:
         return {name: fingerprint(files) for name, files in parts.items()}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+
+def _module_files(reward: str) -> list[Path]:
+    """The file that defines a reward of the user's own, `module.function`; its weights cannot be known."""
+    module = reward.rpartition(".")[0]
+    while module and module not in sys.modules:
+        module = module.rpartition(".")[0]
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return [Path(file)] if file else []
 
 
 def _files(path: Path) -> list[Path]:
