@@ -27,15 +27,16 @@ from refl.model.folder import resolution_of
 from refl.model.lora import lora_file
 from refl.model.pipeline import load_lora, unload_lora
 from refl.preflight import doctor
-from refl.report import card, examples, page, settings
+from refl.report import card, examples, outputs, page, settings
 from refl.report.cases import Lora, Sample, find_cases, find_loras, list_samples, shown_index
 from refl.report.results import DIVERSITY, REWARD, SATURATED, Results, compare, images_csv, prompts_csv
 from refl.reward import rewards
 from refl.system import devices
-from refl.system.distributed import is_peer_lost, process_group
+from refl.system.distributed import is_peer_lost, joining, process_group
 from refl.system.errors import UserError, run_as_command
-from refl.system.files import write_whole
-from refl.system.images import ImageWriter, save_image, to_tensor
+from refl.system.files import writing
+from refl.system.images import ImageWriter, to_png, to_tensor
+from refl.system.ownership import OutputFolder, locks_released
 from refl.system.prompts import read_prompts
 
 import numpy as np
@@ -83,6 +84,7 @@ class Options(drawing.LoraOptions, drawing.ImageOptions):
 
 
 @process_group()
+@locks_released()
 def main() -> None:
     """Read the options, generate the missing images, score all images, compare the cases, report."""
     started = time.perf_counter()
@@ -99,26 +101,30 @@ def main() -> None:
         loras, options.lora_scale, guidances, options.base_guidance_scale, options.sweep_lora_scale,
         options.sweep_guidance,
     )  # fmt: skip
-    state = PartialState(options.device == "cpu" or not torch.cuda.is_available(), timeout=MAX_WAIT)
+    with joining():
+        state = PartialState(options.device == "cpu" or not torch.cuda.is_available(), timeout=MAX_WAIT)
     device = devices.find(options.device or (str(state.device) if state.num_processes > 1 else None))
     devices.set_tf32(False)
     saved_settings = check_settings(options, prompts, device)
-    output, is_quiet = Path(options.output_dir), not state.is_main_process
+    folder, is_quiet = Path(options.output_dir), not state.is_main_process
 
     # ---- generate the images that do not exist yet; each process takes its share
     samples = list_samples(
-        cases, len(prompts), options.num_images_per_prompt, options.seed, output / "images"
+        cases, len(prompts), options.num_images_per_prompt, options.seed, folder / "images"
     )
     missing = [sample for sample in samples if not sample.file.exists()]
     wait(state)  # every process lists them before one generates
+    if state.is_main_process:
+        files = [sample.file for sample in samples]
+        output = outputs.open_evaluation(folder, options.prompts, files, saved_settings["resolution"])
+        card.check_early(loras[0].path)
     scorers = load_scorers(options, device, prompts[0])  # before the generation: a faulty reward ends it now
     if state.is_main_process:
-        with writing(output):
-            for case in cases:
-                (output / "images" / case.folder).mkdir(parents=True, exist_ok=True)
-            write_whole(output / settings.FILE, json.dumps(saved_settings, indent=2) + "\n")
+        with writing(folder, RESUME):
+            output.write(settings.FILE, json.dumps(saved_settings, indent=2) + "\n")
     wait(state)
-    seconds = generate(share(missing, state), prompts, loras, options, device, is_quiet)
+    output = OutputFolder(folder)
+    seconds = generate(share(missing, state), prompts, loras, options, device, output, is_quiet)
     wait(state)
 
     # ---- score
@@ -156,7 +162,7 @@ def main() -> None:
         "reward": options.reward,
         "measures": list(results.prompt_means),
     } | compare(results, options.tie_margin)
-    report(results, evaluation, options)
+    report(results, evaluation, options, output)
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -215,21 +221,12 @@ def together() -> Iterator[None]:
         raise UserError(f"another process ended; see its message above.{RESUME}") from error
 
 
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Raise `UserError` if a file cannot be written, because the disk is full for example."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}.{RESUME}") from error
-
-
 # ----------------------------------------------------------------------------------------- images and scores
 
 
 def generate(
     samples: Sequence[Sample], prompts: Sequence[str], loras: Sequence[Lora], options: Options,
-    device: torch.device, is_quiet: bool,
+    device: torch.device, output: OutputFolder, is_quiet: bool,
 ) -> float:  # fmt: skip
     """Generate images and save them, case by case; return the seconds taken."""
     if not samples:
@@ -240,7 +237,7 @@ def generate(
     started = time.perf_counter()
     with (
         tqdm(total=len(samples), desc="drawing", unit="image", disable=is_quiet) as bar,
-        ImageWriter(RESUME) as writer,
+        ImageWriter(output, RESUME) as writer,
     ):
         for case, group in groupby(samples, lambda sample: sample.case):
             group = list(group)
@@ -248,7 +245,7 @@ def generate(
             wanted = [(prompts[sample.prompt_index], sample.seed) for sample in group]
             guided = replace(options, guidance_scale=case.guidance_scale)
             for sample, image in zip(group, drawing.draw_each(pipeline, wanted, guided, bar), strict=True):
-                writer.write(image, sample.file)
+                writer.write(image, sample.file.relative_to(output.path).as_posix())
     return time.perf_counter() - started
 
 
@@ -317,17 +314,16 @@ def score(
 # ----------------------------------------------------------------------------------------------------- report
 
 
-def report(results: Results, evaluation: dict, options: Options) -> None:
+def report(results: Results, evaluation: dict, options: Options, output: OutputFolder) -> None:
     """Write all files of the report, print a summary, and update the model card of a finished training."""
-    output = Path(options.output_dir)
     held_out = list(rewards.parse_held_out(options.held_out_reward))
-    with writing(output):
-        write_whole(output / "images.csv", images_csv(results))
-        write_whole(output / "prompts.csv", prompts_csv(results))
-        write_whole(output / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-        save_image(examples.grid(results, [REWARD, *held_out[:1]]), output / "grid.png")
+    with writing(output.path, RESUME):
+        output.write("images.csv", images_csv(results))
+        output.write("prompts.csv", prompts_csv(results))
+        output.write("evaluation.json", json.dumps(evaluation, indent=2) + "\n")
+        output.write("grid.png", to_png(examples.grid(results, [REWARD, *held_out[:1]])))
         pairs, differences = examples.choose_pairs(results), results.differences(REWARD)
-        write_whole(output / "report.html", page.render(evaluation, results.shown, differences, pairs))
+        output.write("report.html", page.render(evaluation, results.shown, differences, pairs))
     print(page.text(evaluation, results.shown))
     if DIVERSITY not in results.prompt_means:
         few = options.num_images_per_prompt < 2
@@ -336,10 +332,9 @@ def report(results: Results, evaluation: dict, options: Options) -> None:
     if len(results.prompts) < FEW_PROMPTS:
         plural = "s" if len(results.prompts) > 1 else ""
         print(f"note: intervals over {len(results.prompts)} prompt{plural} are too narrow")
-    print(f"report: {output / 'report.html'}")
-    folder = Path(results.cases[results.shown].lora.path)
-    is_run = (folder / "options.json").is_file()  # the output of a training, not one of its checkpoints
-    if is_run and (path := card.write_if_possible(folder, evaluation=output)):
+    print(f"report: {output.path / 'report.html'}")
+    folder = results.cases[results.shown].lora.path
+    if outputs.is_run(folder) and (path := card.write_if_possible(folder, evaluation=output.path)):
         print(f"model card: {path}")
 
 

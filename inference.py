@@ -7,13 +7,14 @@ Both scripts take the same options, and the same seed gives the same noise.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from refl.model import drawing
 from refl.model.folder import required_files
+from refl.report import outputs
 from refl.system.errors import run_as_command
 from refl.system.files import require
 from refl.system.images import ImageWriter
+from refl.system.ownership import locks_released, take
 
 import tyro
 
@@ -26,18 +27,20 @@ class Options(drawing.DrawingOptions):
     """Folder of the images: 0.png, 1.png, ..."""
 
 
+@locks_released()
 def main() -> None:
     """Read the options, load the pipeline, generate the images."""
     options = tyro.cli(Options, use_underscores=True)
     require(required_files(options.pretrained_model_name_or_path))
     prompts = drawing.check(options)
+    number = len(prompts) * options.num_images_per_prompt
+    output = take(options.output_dir, outputs.DRAWN)
+    output.check([f"{index}.png" for index in range(number)])
     pipeline = drawing.pipeline(options)
-    output = Path(options.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    with ImageWriter() as writer:
+    with ImageWriter(output) as writer:
         for index, image in enumerate(drawing.draw(pipeline, prompts, options, "drawing")):
-            writer.write(image, output / f"{index}.png")
-    print(f"{len(prompts) * options.num_images_per_prompt} images in {output}")
+            writer.write(image, f"{index}.png")
+    print(f"{number} images in {output.path}")
 
 
 if __name__ == "__main__":

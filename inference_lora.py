@@ -9,17 +9,18 @@ that of inference.py if that is another.
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from refl.model import drawing
 from refl.model.folder import required_files
 from refl.model.lora import read_metadata
 from refl.model.pipeline import load_lora
+from refl.report import outputs
 from refl.report.sheets import pairs
 from refl.reward import rewards
 from refl.system.errors import UserError, run_as_command
-from refl.system.files import require, write_whole
-from refl.system.images import ImageWriter, save_image, to_tensor
+from refl.system.files import require, writing
+from refl.system.images import ImageWriter, to_png, to_tensor
+from refl.system.ownership import OutputFolder, locks_released, take
 
 import torch
 import tyro
@@ -46,6 +47,7 @@ class Options(drawing.LoraOptions, drawing.DrawingOptions):
     """Folder of the images, 0.png, 1.png, ..., and of grid.png and rewards.json."""
 
 
+@locks_released()
 def main() -> None:
     """Read the options, load the models, generate images with and without the LoRA, score and show them."""
     # ---- options
@@ -59,6 +61,9 @@ def main() -> None:
     if trained_for != options.reward:  # not used instead: a file must not name code to run
         print(f"note: this LoRA was trained for --reward {trained_for}")
     prompts = drawing.check(options)
+    prompt_of_image = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
+    output = take(options.output_dir, outputs.DRAWN)
+    output.check([f"{index}.png" for index in range(len(prompt_of_image))] + ["grid.png", "rewards.json"])
 
     # ---- models
     pipeline = drawing.pipeline(options)
@@ -70,19 +75,16 @@ def main() -> None:
         print(f"no rewards shown: {error}")
 
     # ---- images: after, then before, without the LoRA
-    output = Path(options.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    prompt_of_image = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
     sides = find_sides(guidance, options)
     images, scores = {side: [] for side in sides}, dict.fromkeys(sides)
     for side, scale in reversed(sides.items()):
         if side != "after":
             pipeline.disable_lora()
         guided = replace(options, guidance_scale=scale)
-        images[side], scores[side] = generate(side, pipeline, prompts, guided, scorers)
+        images[side], scores[side] = generate(side, pipeline, prompts, guided, scorers, output)
         if scores[side] is None:
             scorers = None
-    print(f"{len(prompt_of_image)} images in {output}")
+    print(f"{len(prompt_of_image)} images in {output.path}")
 
     # ---- rewards
     totals = {}
@@ -91,7 +93,8 @@ def main() -> None:
         report = summarise(scorers, scores, totals, prompt_of_image, options)
         means = "; ".join(f"{side}: {mean:+.3f}" for side, mean in report["mean"].items())
         print(f"{options.reward}: {means}")
-        write_whole(output / "rewards.json", json.dumps(report, indent=2) + "\n")
+        with writing(output.path):
+            output.write("rewards.json", json.dumps(report, indent=2) + "\n")
 
     # ---- grid: before above after, the prompt below both
     if options.compare:
@@ -104,8 +107,9 @@ def main() -> None:
                 + (f"\n{prompt_of_image[index]}" if side == "after" else "")
                 for index in range(len(images[side]))
             ]
-        save_image(pairs(images, captions, PAIRS_PER_ROW), output / "grid.png")
-        print(f"before and after: {output / 'grid.png'}")
+        with writing(output.path):
+            grid = output.write("grid.png", to_png(pairs(images, captions, PAIRS_PER_ROW)))
+        print(f"before and after: {grid}")
 
 
 def find_sides(guidance: float, options: Options) -> dict[str, float]:
@@ -120,7 +124,7 @@ def find_sides(guidance: float, options: Options) -> dict[str, float]:
 
 def generate(
     side: str, pipeline: StableDiffusionPipeline, prompts: list[str], options: Options,
-    scorers: rewards.WeightedRewards | None,
+    scorers: rewards.WeightedRewards | None, output: OutputFolder,
 ) -> tuple[list[Image.Image], Tensor | None]:  # fmt: skip
     """Generate all images of one side; save those of "after".
 
@@ -129,10 +133,10 @@ def generate(
     images, scores = [], []
     prompt_of_image = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
     drawn = drawing.draw(pipeline, prompts, options, f"drawing {side}")
-    with ImageWriter() as writer:
+    with ImageWriter(output) as writer:
         for index, (image, prompt) in enumerate(zip(drawn, prompt_of_image, strict=True)):
             if side == "after":
-                writer.write(image, Path(options.output_dir, f"{index}.png"))
+                writer.write(image, f"{index}.png")
             if index < MAX_PAIRS:
                 images.append(image)
             if scorers:

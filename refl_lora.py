@@ -43,6 +43,7 @@ from refl.system import devices
 from refl.system.distributed import make_accelerator, process_group
 from refl.system.errors import UserError, run_as_command
 from refl.system.images import saturated_share
+from refl.system.ownership import locks_released
 from refl.system.signals import Stopped, StopSignals
 from refl.system.timing import Phases
 from refl.train.batches import Batches, MicroBatch, read_inputs
@@ -225,6 +226,7 @@ def refl_step(
 
 
 @process_group()
+@locks_released()
 def main() -> None:
     """Options, models, data, loop, save."""
     # ---- options

@@ -32,7 +32,11 @@ while (($#)); do
   name=${name#--} name=${name//-/_}
   case $name in
     main_process_port | main_process_ip | num_machines | machine_rank)
-      if [[ $1 == *=* ]]; then value=${1#*=}; else value=${2:?"$1 needs a value"} && shift; fi
+      if [[ $1 == *=* ]]; then value=${1#*=}; elif (($# > 1)); then value=$2 && shift; else value=''; fi
+      if [[ -z $value ]]; then
+        echo "error: --$name needs a value" >&2
+        exit 2
+      fi
       printf -v "$name" %s "$value"
       ;;
     *) options+=("$1") ;;
@@ -40,11 +44,16 @@ while (($#)); do
   shift
 done
 for name in main_process_port num_machines machine_rank; do
-  if ! [[ ${!name} =~ ^[0-9]+$ ]]; then
-    echo "error: --$name ${!name}: must be a whole number" >&2
+  if ! [[ ${!name} =~ ^[0-9]{1,5}$ ]]; then
+    echo "error: --$name ${!name}: must be a whole number of at most five digits" >&2
     exit 2
   fi
+  printf -v "$name" %d "$((10#${!name}))" # 08 is not octal
 done
+if ((main_process_port > 65535)); then
+  echo "error: --main_process_port $main_process_port: must be below 65536" >&2
+  exit 2
+fi
 if ((num_machines < 1 || machine_rank >= num_machines)); then
   echo "error: --machine_rank $machine_rank of --num_machines $num_machines: ranks are counted from 0" >&2
   exit 2
@@ -53,6 +62,9 @@ if ((num_machines > 1)) && { ((main_process_port == 0)) || [[ -z $main_process_i
   echo "error: --num_machines $num_machines needs --main_process_ip and --main_process_port, the same on all machines" >&2
   exit 2
 fi
+
+# Variables of a launcher that are left over from another program would make the processes wait for others.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT
 
 # Errors in the options are reported here, once, before anything is launched.
 for option in "${options[@]}"; do
@@ -67,14 +79,15 @@ if nvidia-smi -L >/dev/null 2>&1; then
   ask='import torch; from refl.system.devices import best_precision; print(torch.cuda.device_count(), best_precision())'
   read -r gpus precision < <(PYTHONPATH=$here "$python" -c "$ask")
 fi
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 processes=${NUM_PROCESSES:-$((gpus < 2 ? (gpus > 0 ? gpus : 1) : 2))}
-if ! [[ $processes =~ ^[1-9][0-9]*$ ]] || ((gpus > 0 && processes > gpus)); then
-  echo "error: NUM_PROCESSES=$processes: must be a number from 1 to $gpus, the number of visible GPUs" >&2
+if ((gpus > 0)); then most=$gpus what="the number of visible GPUs"; else most=$((4 * cores)) what="4 per processor"; fi
+if ! [[ $processes =~ ^[1-9][0-9]{0,4}$ ]] || ((processes > most)); then
+  echo "error: NUM_PROCESSES=$processes: must be a number from 1 to $most, $what" >&2
   exit 2
 fi
 if ((gpus == 0)); then
   precision=no
-  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 fi
 

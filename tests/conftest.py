@@ -26,6 +26,7 @@ from refl.model.stable_diffusion import StableDiffusion, load_stable_diffusion
 from refl.reward import imagereward
 from refl.system.errors import run_as_command
 from refl.system.files import write_whole
+from refl.system.ownership import PRIVATE
 from refl.system.signals import SIGNALS
 
 from random_checkpoint import write_checkpoint
@@ -118,6 +119,11 @@ def save_lora(unet, folder: Path, metadata: dict) -> Path:
     path = folder / LORA_FILE
     write_whole(path, pack_lora(unet, metadata))
     return path
+
+
+def visible(folder: Path) -> list[str]:
+    """What the program wrote for people into a folder, by name."""
+    return sorted(path.name for path in folder.iterdir() if path.name != PRIVATE)
 
 
 def assert_close_loras(ours: dict, theirs: dict) -> None:

@@ -4,6 +4,7 @@ import errno
 
 from refl.system import checkpoints
 from refl.system.errors import UserError
+from refl.system.ownership import PRIVATE
 from refl.train.progress import pack_optimizer, unpack_optimizer
 
 import pytest
@@ -13,7 +14,7 @@ FILES = {"a.bin": b"some bytes" * 50, "b.json": b"{}"}
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != PRIVATE)
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -64,7 +65,7 @@ def test_what_is_there_but_cannot_be_read_is_no_reason_to_start_anew(tmp_path, m
 def test_a_damaged_one_in_the_way_is_replaced(tmp_path):
     checkpoints.write(tmp_path, 7, FILES)
     (tmp_path / "checkpoint-7" / "a.bin").unlink()
-    (tmp_path / "checkpoint-7.partial").mkdir()
+    (tmp_path / PRIVATE / "checkpoint-7").mkdir()
     checkpoints.write(tmp_path, 7, FILES)
     assert checkpoints.newest(tmp_path) == FILES and names(tmp_path) == ["checkpoint-7"]
 
@@ -72,10 +73,11 @@ def test_a_damaged_one_in_the_way_is_replaced(tmp_path):
 def test_pruning_keeps_the_newest(tmp_path):
     for step in (2, 4, 10, 12, 99):
         checkpoints.write(tmp_path, step, FILES)
-    (tmp_path / "checkpoint-8.partial").mkdir()
+    (tmp_path / PRIVATE / "checkpoint-8").mkdir()
     (tmp_path / "logs").mkdir()
     checkpoints.prune(tmp_path, 12, 2)  # 99 was left by another run
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-12", "logs"]
+    assert not list((tmp_path / PRIVATE).glob("checkpoint-*"))
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):

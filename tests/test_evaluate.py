@@ -26,7 +26,7 @@ from refl.system.errors import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script, save_lora, weight_options
+from conftest import ROOT, run_script, save_lora, visible, weight_options
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_diffusion import move_lora
@@ -162,7 +162,7 @@ def test_what_is_written(options, world, tiny, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "win / tie / loss" in shown and f"report: {tmp_path / 'report.html'}" in shown
     assert "intervals over 3 prompts are too narrow" in shown
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*OUTPUTS, "settings.json"])
+    assert visible(tmp_path) == sorted([*OUTPUTS, "settings.json"])
 
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["measures"] == ["reward", "held_out.red", "saturated", "diversity"]
@@ -384,7 +384,7 @@ def test_what_is_there_is_not_drawn_again(options, world, tmp_path, monkeypatch,
 
     damaged = files[0]
     damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(UserError, match=f"{damaged.name} cannot be read .* Delete it"):
+    with pytest.raises(UserError, match=f"{damaged.name}: not the image that was drawn there. Delete it"):
         run_in_process(evaluate, monkeypatch, *run)
 
 
@@ -564,7 +564,7 @@ def test_a_full_disk_is_said(options, world, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("refl.system.files.write_synced", full)
+    monkeypatch.setattr("refl.system.ownership.write_synced", full)
     run = [*options, "--output_dir", tmp_path, "--lora_paths", world / "lora"]
     with pytest.raises(UserError, match="No space left on device. The same command resumes from here"):
         run_in_process(evaluate, monkeypatch, *run)

@@ -4,10 +4,12 @@ import threading
 
 from refl.system import images
 from refl.system.errors import UserError
-from refl.system.images import ImageWriter, save_image, to_pil, to_tensor
+from refl.system.images import ImageWriter, save_image, to_pil, to_png, to_tensor
+from refl.system.ownership import OutputFolder
 
 import pytest
 import torch
+from conftest import visible
 from PIL import Image
 
 
@@ -29,42 +31,44 @@ def test_round_trip(image, tmp_path):
 def test_writing_does_not_block_until_the_queue_is_full(image, tmp_path, monkeypatch):
     released = threading.Event()
 
-    def slow(*arguments):
+    def slow(picture):
         assert released.wait(60)
-        save_image(*arguments)
+        return to_png(picture)
 
-    monkeypatch.setattr(images, "save_image", slow)
+    monkeypatch.setattr(images, "to_png", slow)
     monkeypatch.setattr(images, "MAX_PENDING", 2)
-    with ImageWriter() as writer:
+    with ImageWriter(OutputFolder(tmp_path)) as writer:
         for index in range(2):
-            writer.write(image, tmp_path / f"{index}.png")  # returns although nothing can be written yet
-        third = threading.Thread(target=writer.write, args=(image, tmp_path / "2.png"))
+            writer.write(image, f"{index}.png")  # returns although nothing can be written yet
+        third = threading.Thread(target=writer.write, args=(image, "2.png"))
         third.start()
         third.join(0.2)
         assert third.is_alive() and not list(tmp_path.iterdir())
         released.set()
         third.join()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
-    for path in tmp_path.iterdir():
+    assert visible(tmp_path) == ["0.png", "1.png", "2.png"]
+    for path in tmp_path.glob("*.png"):
         with Image.open(path) as read:
             read.verify()
 
 
 def test_a_file_that_cannot_be_written(image, tmp_path):
+    (tmp_path / "none").write_text("a file where a folder is needed")
+    output = OutputFolder(tmp_path / "none")
     with (
-        pytest.raises(UserError, match=f"{tmp_path}/none cannot be written: .*No such file.* Make it."),
-        ImageWriter(" Make it.") as writer,
+        pytest.raises(UserError, match=f"{tmp_path}/none cannot be written: .*Not a directory.* Make room."),
+        ImageWriter(output, " Make room.") as writer,
     ):
-        writer.write(image, tmp_path / "none" / "0.png")
-    with pytest.raises(UserError, match="cannot be written"), ImageWriter() as writer:
+        writer.write(image, "0.png")
+    with pytest.raises(UserError, match="cannot be written"), ImageWriter(output) as writer:
         for _ in range(images.MAX_PENDING + 1):  # raises when the queue is full, or before
-            writer.write(image, tmp_path / "none" / "0.png")
+            writer.write(image, "0.png")
         pytest.fail("no error")
 
 
 def test_after_an_error_what_was_queued_is_written(image, tmp_path):
-    with pytest.raises(KeyError, match="of the drawing"), ImageWriter() as writer:
+    with pytest.raises(KeyError, match="of the drawing"), ImageWriter(OutputFolder(tmp_path)) as writer:
         for index in range(5):
-            writer.write(image, tmp_path / f"{index}.png")
+            writer.write(image, f"{index}.png")
         raise KeyError("of the drawing")
     assert len(list(tmp_path.glob("?.png"))) == 5

@@ -123,7 +123,10 @@ def workers(process):
 
 
 # tests/test_signals.py has what the other signals become.
-@pytest.mark.parametrize(("how", "code"), [("SIGTERM to the launcher", 143), ("kill -9 of 1", 1)])
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("SIGTERM to the launcher", 143), ("kill -9 of 1", 1), ("kill -9 of the launcher", -signal.SIGKILL)],
+)
 def test_two_processes_stopped_and_resumed(start, straight, tmp_path, how, code):
     process = start(tmp_path, 2, WAIT=str(tmp_path))
     wait_for_both(tmp_path, process)
@@ -131,6 +134,8 @@ def test_two_processes_stopped_and_resumed(start, straight, tmp_path, how, code)
     assert len(group) == 3
     if how == "kill -9 of 1":
         workers(process)[1].kill()
+    elif how == "kill -9 of the launcher":
+        process.kill()
     else:
         process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=HANG)

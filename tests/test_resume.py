@@ -11,10 +11,12 @@ import refl_lora
 from refl.model import stable_diffusion
 from refl.model.lora import read_metadata
 from refl.model.pipeline import load_pipeline
-from refl.system import checkpoints, randomness
+from refl.system import checkpoints, ownership, randomness
 from refl.system.errors import UserError
-from refl.train import run as run_module
+from refl.system.ownership import OutputFolder
+from refl.train import identity
 from refl.train.metrics import Metrics
+from refl.train.options import Options
 from refl.train.validation import Validator
 
 import pytest
@@ -28,8 +30,8 @@ from conftest import (
     weight_options,
     write_prompts,
 )
-from safetensors.torch import load
-from torch.utils.tensorboard import SummaryWriter
+from safetensors.torch import load, save
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 SCHEDULE = "--max_train_steps 6 --lr_scheduler cosine --lr_warmup_steps 2 --learning_rate 1e-2".split()
 
@@ -92,10 +94,11 @@ KILLS = {
     "in the last file of a checkpoint": (checkpoints, "write_synced", 8),
     "between a checkpoint's files and its name": (checkpoints, "sync_folder", 3),
     "before old ones are deleted": (checkpoints, "prune", 2),
-    "while old ones are deleted": (checkpoints.shutil, "rmtree", 4),
+    "while old ones are deleted": (checkpoints.shutil, "rmtree", 1),
     "before the last checkpoint": (checkpoints, "write", 3),
-    "before the LoRA is written": (run_module, "write_whole", 1),
-    "before the options are written": (run_module, "write_whole", 2),
+    "before the LoRA is written": (OutputFolder, "write", 1),
+    "before the options are written": (OutputFolder, "write", 2),
+    "between a file's record and its name": (ownership, "sync_folder", 1),
 }
 
 
@@ -172,10 +175,13 @@ def test_a_signal_saves_and_stops(options, straight, tmp_path, monkeypatch, caps
 
 
 def test_a_finished_run_says_so(options, straight, monkeypatch, capsys):
-    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+    def times():
+        return {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.name != "lock"}
+
+    before = times()
     train(monkeypatch, straight, *options)
     assert "finished before: 6 steps; LoRA in" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
+    assert times() == before
 
 
 def test_a_damaged_checkpoint_is_passed_over(options, straight, tmp_path, monkeypatch, capsys):
@@ -252,8 +258,8 @@ def test_a_full_disk_does_not_stop_training(options, straight, tmp_path, monkeyp
 
     with monkeypatch.context() as context:
         break_at(context, checkpoints, "write_synced", 6, full)  # in the second checkpoint
-        break_at(context, SummaryWriter, "add_scalar", 30, full)
-        break_at(context, run_module, "write_whole", 1, full)
+        break_at(context, RecordWriter, "write", 30, full)
+        break_at(context, OutputFolder, "write", 1, full)
         with pytest.raises(UserError, match="cannot be written: .*No space left.* the same command again"):
             train(context, tmp_path, *options)
     train(monkeypatch, tmp_path, *options)
@@ -262,6 +268,149 @@ def test_a_full_disk_does_not_stop_training(options, straight, tmp_path, monkeyp
     assert "WARNING: checkpoint-4 could not be saved" in message and "No space left" in message
     assert sorted(checkpoints.steps(tmp_path)) == [2, 6]
     assert (tmp_path / LORA).read_bytes() == (straight / LORA).read_bytes()
+
+
+# -------------------------------------------------------------------------- checkpoints with another content
+
+
+def rewrite(run, step, files):
+    """Change files of a checkpoint, with checksums that fit; None leaves one out."""
+    content = checkpoints.read(run / f"checkpoint-{step}")
+    content |= {name: change(content.get(name)) for name, change in files.items()}
+    shutil.rmtree(run / f"checkpoint-{step}")
+    checkpoints.write(run, step, {name: value for name, value in content.items() if value is not None})
+
+
+def state(**changes):
+    """Change entries of state.json, each by a function of it."""
+
+    def change(content):
+        found = json.loads(content)
+        return json.dumps(found | {name: change(found[name]) for name, change in changes.items()}).encode()
+
+    return {"state.json": change}
+
+
+def progress(**changes):
+    return state(progress=lambda found: found | changes)
+
+
+def tensors(name, *changes):
+    """Replace the first tensors of a file: by a new name (None: the same) and value, or by nothing."""
+
+    def change(content):
+        found = load(content)
+        for key, new in zip(sorted(found), changes, strict=False):
+            found.pop(key)
+            found |= {new[0] or key: new[1]} if new else {}
+        return save(found, metadata={"refl": "{}"})
+
+    return {name: change}
+
+
+def of(content):
+    return lambda _: content
+
+
+OPTIMIZER, SMALL = "optimizer.safetensors", torch.zeros(2, 2)
+OTHER_CONTENT = {
+    "no state": {"state.json": of(None)},
+    "no LoRA": {LORA: of(None)},
+    "no optimizer": {OPTIMIZER: of(None)},
+    "state empty": {"state.json": of(b"")},
+    "state not text": {"state.json": of(b"\xff\xfe")},
+    "state deep": {"state.json": of(b"[" * 100_000)},
+    "state a list": {"state.json": of(b"[1]")},
+    "progress a list": state(progress=of([1])),
+    "unknown progress": progress(others=1),
+    "step a text": progress(step="4"),
+    "step a boolean": progress(step=True),
+    "updates negative": progress(updates=-1),
+    "validation a list": progress(validation=[1]),
+    "guard a number": progress(guard=3),
+    "guard of texts": progress(guard={"base": {"step": 1, "rewards": ["a"], "saturated": [0.0]}}),
+    "guard a list": progress(guard={"best": [1]}),
+    "scaler incomplete": progress(scaler={"scale": 1.0}),
+    "fingerprint a list": state(fingerprint=of([])),
+    "inputs a list": state(fingerprint=lambda found: found | {"inputs": [1]}),
+    "LoRA a text": {LORA: of(b"text")},
+    "LoRA without settings": {LORA: lambda content: save(load(content))},
+    "LoRA of another shape": tensors(LORA, (None, SMALL)),
+    "optimizer a text": {OPTIMIZER: of(b"text")},
+    "optimizer of another shape": tensors(OPTIMIZER, (None, SMALL)),
+    "optimizer of other names": tensors(OPTIMIZER, ("a.exp_avg", SMALL)),
+    "optimizer of more matrices": tensors(OPTIMIZER, ("9999.exp_avg", SMALL)),
+    "optimizer in part": tensors(OPTIMIZER, None, None, None),
+    "best LoRA a text": {"best_lora_weights.safetensors": of(b"text")},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CONTENT)
+def test_a_checkpoint_with_another_content_is_refused(options, straight, tmp_path, monkeypatch, name):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    rewrite(tmp_path, 4, OTHER_CONTENT[name])
+    with pytest.raises(UserError, match="checkpoint"):
+        train(monkeypatch, tmp_path, *options)
+    assert sorted(checkpoints.steps(tmp_path)) == [2, 4]
+
+
+# ----------------------------------------------------------------------------------------------- other inputs
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle::4096] = bytes(byte ^ 1 for byte in content[middle::4096])
+    file.write_bytes(content)
+
+
+INPUTS = {
+    "unet": "stable-diffusion-v1-4/unet/diffusion_pytorch_model.safetensors",
+    "vae": "stable-diffusion-v1-4/vae/diffusion_pytorch_model.safetensors",
+    "text_encoder": "stable-diffusion-v1-4/text_encoder/model.safetensors",
+    "tokenizer": "stable-diffusion-v1-4/tokenizer/vocab.json",
+    "scheduler": "stable-diffusion-v1-4/scheduler/scheduler_config.json",
+    "reward imagereward": "ImageReward.pt",
+}
+
+
+def test_a_resumed_run_notices_other_inputs(options, straight, tiny, tmp_path, monkeypatch, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    other, of_inputs = tmp_path / "tiny", identity.of_inputs
+    shutil.copytree(tiny, other)
+    moved = Options(
+        reward_path=str(other), pretrained_model_name_or_path=str(other / "stable-diffusion-v1-4")
+    )
+    before = of_inputs(moved)
+    assert before.keys() == INPUTS.keys()
+    monkeypatch.setattr(identity, "of_inputs", lambda _: of_inputs(moved))
+    for name, file in INPUTS.items():
+        content = (other / file).read_bytes()
+        flip(other / file)
+        assert {key for key, value in of_inputs(moved).items() if value != before[key]} == {name}
+        with pytest.raises(UserError, match=f"\n  files of {name}: [0-9a-f]+ -> [0-9a-f]+\n"):
+            train(monkeypatch, tmp_path / "run", *options)
+        (other / file).write_bytes(content)
+    flip(other / INPUTS["unet"])
+    train(monkeypatch, tmp_path / "run", *options, "--allow_changed_options")
+    rewrite(tmp_path / "run", 6, state(fingerprint=lambda found: {**found, "inputs": None}))
+    train(monkeypatch, tmp_path / "run", *options)  # as of an earlier version
+    assert capsys.readouterr().out.count("finished before") == 2
+
+
+def test_the_code_of_a_reward_is_one_of_the_inputs(tiny, tmp_path, monkeypatch):
+    code = "def red(images, prompts): return images[:, 0].mean((1, 2))\n"
+    (tmp_path / "coded_reward.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = Options(
+        reward="coded_reward:red", pretrained_model_name_or_path=str(tiny / "stable-diffusion-v1-4")
+    )
+    before = identity.of_inputs(options)
+    assert identity.of_inputs(options) == before
+    (tmp_path / "coded_reward.py").write_text(code.replace("0", "1"))
+    after = identity.of_inputs(options)
+    assert {name for name in before if before[name] != after[name]} == {"reward coded_reward.red"}
 
 
 # ------------------------------------------------------------------------------- numbers that are not finite

@@ -17,6 +17,7 @@ from refl.model.lora import read_metadata
 from refl.report.log import LAYOUT
 from refl.reward import imagereward
 from refl.system.errors import UserError
+from refl.system.ownership import PRIVATE
 from refl.train import models
 from refl.train.options import Options
 
@@ -32,6 +33,7 @@ from conftest import (
     run_command,
     run_in_process,
     run_script,
+    visible,
     weight_options,
 )
 from PIL import Image
@@ -78,6 +80,8 @@ def trained(shared, tiny):
 
 def test_a_run_writes_these_files_and_no_others(trained):
     files = {path.relative_to(trained / "world2").as_posix() for path in (trained / "world2").rglob("*.*")}
+    assert files & {PRIVATE, f"{PRIVATE}/written-0.sha256"}
+    files -= {PRIVATE, f"{PRIVATE}/written-0.sha256"}
     assert {re.sub(r"events\.out.*", "events", file) for file in files} == {
         LORA, "options.json", "logs/events",
         "README.md", "curves.png", "validation_before.png", "validation_after.png",
@@ -243,8 +247,8 @@ def drawn(shared, tiny, trained):
 
 def test_inference_draws_the_same_images_with_and_without_lora(drawn, tiny):
     names = [f"{index}.png" for index in range(6)]
-    assert sorted(path.name for path in (drawn / "sd14").iterdir()) == names
-    assert sorted(path.name for path in (drawn / "lora").iterdir()) == [*names, "grid.png", "rewards.json"]
+    assert visible(drawn / "sd14") == names
+    assert visible(drawn / "lora") == [*names, "grid.png", "rewards.json"]
     images = [[np.asarray(Image.open(drawn / side / name)) for name in names] for side in ("sd14", "lora")]
     assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for side in images for image in side)
     assert len({image.tobytes() for image in images[0]}) == 6  # six seeds, six images
@@ -312,7 +316,7 @@ def test_inference_lora_does_without_the_reward(trained, tiny, tmp_path, monkeyp
         *"--num_images_per_prompt 1 --num_inference_steps 2".split(),
     )  # fmt: skip
     assert "no rewards shown" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "grid.png"]
+    assert visible(tmp_path) == ["0.png", "grid.png"]
 
 
 def test_out_of_memory_halves_the_batch(tiny, tmp_path, monkeypatch):
@@ -485,6 +489,11 @@ def test_processes_and_precision_are_those_of_the_visible_gpus(wrapper):
         ("--num_machines 2 --machine_rank 2", {}, "--machine_rank 2 of --num_machines 2"),
         ("--num_machines two", {}, "--num_machines two: must be a whole number"),
         ("--main-process-port=x", {}, "--main_process_port x: must be a whole number"),
+        ("--main_process_port 99999", {}, "--main_process_port 99999: must be below 65536"),
+        ("--main_process_port", {}, "--main_process_port needs a value"),
+        ("--num_machines 99999999999999999999", {}, "must be a whole number of at most five digits"),
+        ("--num_machines 08 --machine_rank 09", {}, "--machine_rank 9 of --num_machines 8"),
+        ("", {"NUM_PROCESSES": "99999999999999999999"}, "must be a number from 1 to "),
     ],
 )
 def test_mistakes_that_the_wrapper_finds(wrapper, options, environment, message):

@@ -60,7 +60,10 @@ def test_one_of_several_processes_only_takes_note():
 
 def launched(monkeypatch, run) -> int | str | None:
     """What the launcher exits with where accelerate's `main` is `run`."""
-    monkeypatch.setattr(launch, "launch", SimpleNamespace(main=run))
+    options = SimpleNamespace(main_process_ip=None, main_process_port=0, machine_rank=0)
+    parser = SimpleNamespace(parse_args=lambda: options)
+    accelerate = SimpleNamespace(launch_command_parser=lambda: parser, launch_command=lambda _: run())
+    monkeypatch.setattr(launch, "launch", accelerate)
     monkeypatch.setattr(launch.logging, "disable", lambda: None)
     with pytest.raises(SystemExit) as ended:
         launch.main()

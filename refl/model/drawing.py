@@ -13,6 +13,7 @@ from refl.system import devices
 from refl.system.errors import UserError, is_first_process
 from refl.system.files import check_output_folder
 from refl.system.images import to_pil
+from refl.system.ownership import check_place
 from refl.system.prompts import read_prompts
 
 import torch
@@ -105,6 +106,8 @@ def check_images(options: ImageOptions) -> None:
     check_model(options.pretrained_model_name_or_path, options.num_inference_steps)
     resolution_of(options.pretrained_model_name_or_path, options.resolution)
     check_output_folder(options.output_dir)
+    model = {"--pretrained_model_name_or_path": options.pretrained_model_name_or_path}
+    check_place(options.output_dir, model, {"--reward_path": getattr(options, "reward_path", None)})
 
 
 def find_guidance(options: LoraOptions, lora_paths: Sequence[str], is_quiet: bool = False) -> list[float]:

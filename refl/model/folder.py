@@ -25,6 +25,16 @@ def required_files(folder: str | Path) -> dict[Path, str]:
     return dict.fromkeys(paths, "CompVis/stable-diffusion-v1-4")
 
 
+def part_files(folder: str | Path, part: str) -> list[Path]:
+    """The files of a part of a model that are loaded: its configuration and the preferred weights."""
+    part_folder = Path(folder) / part
+    files = sorted(file for file in part_folder.iterdir() if file.suffix in (".json", ".txt"))
+    weights = next((part_folder / n for n in WEIGHT_FILES.get(part, ()) if (part_folder / n).exists()), None)
+    if weights is None or weights.suffix == ".json":  # an index of weights in several files
+        return files + sorted(part_folder.glob("*-of-*.safetensors"))
+    return [*files, weights]
+
+
 def check_model(folder: str | Path, num_inference_steps: int) -> None:
     """Raise `UserError` unless `folder` is a text-to-image model that can denoise in
     `num_inference_steps`."""

@@ -95,11 +95,30 @@ def _pack(weights: dict[str, Tensor], about: dict[str, str]) -> bytes:
 def unpack_lora(unet: UNet2DConditionModel, content: bytes) -> None:
     """Copy the values of a `pack_lora` file into the LoRA of `unet`; raises `UserError` if they do not
     fit."""
-    saved, weights = load(content), _lora_weights(unet)
+    saved, weights = _load(content), _lora_weights(unet)
     if {key: value.shape for key, value in saved.items()} != {key: w.shape for key, w in weights.items()}:
         raise UserError("the checkpoint's LoRA was trained for another model; choose another --output_dir.")
     for key, value in weights.items():
         value.copy_(saved[key])
+
+
+def check_packed(content: bytes) -> None:
+    """Raise `UserError` unless `content` is a file from `pack_lora`."""
+    _load(content)
+    try:
+        about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        is_ours = METADATA_KEY in about
+    except (ValueError, LookupError, TypeError, RecursionError):
+        is_ours = False
+    if not is_ours:
+        raise UserError("the checkpoint's LoRA has no settings of a training in its metadata.")
+
+
+def _load(content: bytes) -> dict[str, Tensor]:
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"the checkpoint's LoRA is not a safetensors file ({error}).") from error
 
 
 def _lora_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:  # not copies

@@ -4,15 +4,14 @@ python -m refl merge --lora_path checkpoint/refl_lora --output_dir checkpoint/me
 python -m refl merge --lora_scale 0.5 --output_dir checkpoint/half_merged
 """
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from refl.model.folder import check_model, required_files
 from refl.model.pipeline import load_lora, load_pipeline
-from refl.system.errors import UserError
-from refl.system.files import check_output_folder, require
+from refl.system.files import require
+from refl.system.ownership import check_new_folder, check_place, new_folder
 
 import torch
 import tyro
@@ -38,27 +37,20 @@ def merge(options: Options) -> Path:
     source, output = Path(options.pretrained_model_name_or_path), Path(options.output_dir)
     require(required_files(source))
     check_model(source, 1)
-    if os.path.lexists(output):
-        raise UserError(f"--output_dir {output} exists; name a new folder.")
-    check_output_folder(output)
+    check_place(output, {"--pretrained_model_name_or_path": source}, {})
+    check_new_folder(output)
     pipeline = load_pipeline(source, "ddpm", torch.float32, "cpu")
     load_lora(pipeline, options.lora_path, 1.0)
     pipeline.fuse_lora(lora_scale=options.lora_scale)
     pipeline.unload_lora_weights()
     unet = pipeline.unet.to(dtype=_dtype(source / "unet"), memory_format=torch.contiguous_format)
 
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(output) as partial:
         is_weight = shutil.ignore_patterns("diffusion_pytorch_model*")
-        shutil.copytree(source, partial, ignore=lambda folder, names: (
+        shutil.copytree(source, partial, dirs_exist_ok=True, ignore=lambda folder, names: (
             is_weight(folder, names) if Path(folder) == source / "unet" else set()
         ))  # fmt: skip
         unet.save_pretrained(partial / "unet")
-        partial.rename(output)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{output} cannot be written: {error}.") from error
     return output
 
 

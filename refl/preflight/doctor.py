@@ -31,6 +31,7 @@ from refl.model.folder import (
 from refl.system import devices
 from refl.system.errors import UserError, is_first_process
 from refl.system.files import check_output_folder, require
+from refl.system.ownership import check_place
 from refl.system.prompts import read_prompts
 from refl.train.options import Options as TrainingOptions
 from refl.train.options import check_values, describe, expand, read_options
@@ -136,7 +137,12 @@ def check_prompts(options: Any) -> str:
 def check_output(options: Any) -> str:
     """Check that the output folder can be written, and that its disk has room for the checkpoints."""
     folder = Path(options.output_dir)
+    inside = {
+        f"--{name}": getattr(options, name)
+        for name in ("pretrained_model_name_or_path", "tiny_decoder_path", "pretrain_data")
+    }
     free = shutil.disk_usage(check_output_folder(folder)).free
+    check_place(folder, inside, {"--reward_path": options.reward_path})
     # A LoRA for SD-1.4 has 0.2 million values per rank; a checkpoint contains each three times, in float32.
     needed = (options.checkpoints_total_limit + 2) * 3 * 4 * 0.2e6 * options.rank + 50e6
     text = f"{free / 1e9:.1f} GB free on the disk of {folder}, about {needed / 1e9:.2f} needed"

@@ -18,10 +18,12 @@ from pathlib import Path
 
 from refl.model.lora import KOHYA_FILE, LORA_FILE, guidance_of, read_metadata
 from refl.model.pipeline import SAMPLERS
+from refl.report import outputs
 from refl.report.results import best_comparisons, comparisons, other_comparisons
 from refl.system import checkpoints
 from refl.system.errors import UserError
-from refl.system.files import write_whole
+from refl.system.files import writing
+from refl.system.ownership import OutputFolder, locks_released, take
 from refl.system.prompts import read_prompts
 
 import numpy as np
@@ -33,8 +35,9 @@ from matplotlib.ticker import MaxNLocator
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-FILE = "README.md"
-EVALUATION, BEFORE_AFTER = "evaluation.json", "before_after.png"  # of an evaluation, copied into the folder
+FILE = outputs.CARD
+FILES = (FILE, *outputs.CARD_IMAGES)
+EVALUATION, BEFORE_AFTER = outputs.EVALUATION, "before_after.png"  # of an evaluation, copied into the folder
 MAIN_OPTIONS = """learning_rate max_train_steps rank train_batch_size gradient_accumulation_steps
     num_inference_steps min_stop max_stop guidance_scale grad_scale reward_target seed""".split()
 EXTRA_OPTIONS = """normalize_by_stop noise_distance_weight lora_shrinkage pretrain_data held_out_reward
@@ -55,12 +58,15 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
     """Write README.md and its images, and return its path; the same files give the same bytes.
 
     An evaluation is copied into the folder and used by later calls. Raises `UserError` if the folder has no
-    LoRA or cannot be written, or if the evaluation cannot be read.
+    LoRA or cannot be written, if one of the files is not the program's own, or if the evaluation cannot be
+    read.
     """
     folder = Path(folder)
     lora = folder / LORA_FILE
     if not lora.is_file():
         raise UserError(f"no LoRA at {lora}; name the --output_dir of a finished training.")
+    output = take(folder, outputs.RUN)
+    output.check([*FILES, EVALUATION] if evaluation else [FILE])
     digest = hashlib.sha256(lora.read_bytes()).hexdigest()
     facts, files = _training(folder)
     results, has_image = _read_json(folder / EVALUATION), (folder / BEFORE_AFTER).is_file()
@@ -84,14 +90,22 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
         if evaluation:
             raise UserError(f"--evaluation {evaluation}: no readable {EVALUATION} in this folder.") from error
         card = _render(facts | {"cases": [], "best": [], "is_current": False})
-    try:
+    output.check(list(files))
+    with writing(folder):
         for name, content in (files | {FILE: card}).items():
-            write_whole(folder / name, content)
+            output.write(name, content)
         if not has_image:
-            (folder / BEFORE_AFTER).unlink(missing_ok=True)  # of an earlier evaluation
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}.") from error
+            output.delete(BEFORE_AFTER)  # of an earlier evaluation
     return folder / FILE
+
+
+def check_early(folder: str | Path) -> None:
+    """Print a note if the card of a run cannot be updated after an evaluation, because it was edited say."""
+    if outputs.is_run(folder):
+        try:
+            OutputFolder(folder, outputs.RUN).check([*FILES, EVALUATION])
+        except UserError as error:
+            print(f"note: the model card will not be updated: {error}")
 
 
 def write_if_possible(folder: str | Path, evaluation: str | Path | None = None) -> Path | None:
@@ -330,6 +344,7 @@ def _plot_smoothed(axis: Axes, points: list) -> None:
     axis.plot(steps, mean, color="C0", lw=1.8)
 
 
+@locks_released()
 def main() -> None:
     """Read the options and write the card."""
     options = tyro.cli(Options, prog="python -m refl card", use_underscores=True)

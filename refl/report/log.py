@@ -1,14 +1,23 @@
 """A run's log: curves, images and options in TensorBoard's files."""
 
+import errno
+import io
+import os
+import re
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import custom_scalars, histogram, hparams, image, scalar
 from tqdm import tqdm
 
 # TensorBoard's tab "custom scalars": what to look at first. Tags are regular expressions.
@@ -31,59 +40,89 @@ LAYOUT = {
         "peak memory, GiB": ["Multiline", ["^memory/peak_gib$"]],
     },
 }
+_POSITIVE = 1e-12 * 1.1 ** np.arange(774)  # up to 1e20
+BINS = [*-_POSITIVE[::-1], 0.0, *_POSITIVE]  # of histograms, those of torch's SummaryWriter
 
 
 class Log:
-    """TensorBoard's writer; without a folder it writes nothing.
+    """A file of TensorBoard's events; without a folder nothing is written.
 
+    The file appears with the first point after `first_step`: a run that fails in its first step leaves none.
     A disk that is full ends the log with one warning, and not the run.
     """
 
-    def __init__(self, folder: Path | None, purge_step: int = 0):
+    def __init__(self, folder: Path | None, first_step: int = 0, purge_step: int | None = None):
         """Points from `purge_step` on, left by an earlier process, are purged when the files are read."""
-        self.writer = SummaryWriter(folder, purge_step=purge_step) if folder else None
+        self.folder, self.first_step = folder, first_step
+        self.waiting = io.BytesIO()  # records for a file that does not exist yet
+        self.file: BinaryIO | None = None
+        self._add(file_version="brain.Event:2", step=purge_step)
+        if purge_step is not None:
+            self._add(session_log=SessionLog(status=SessionLog.START), step=purge_step)
 
     @property
     def is_open(self) -> bool:
         """Whether anything is still written."""
-        return self.writer is not None
+        return self.folder is not None
 
     def options(self, options: dict[str, str | int | float | bool | None]) -> None:
-        """Write the options to the run's HParams tab, and the layout of the curves.
-
-        `SummaryWriter.add_hparams` would start a second run.
-        """
+        """Add the options to the run's HParams tab, and the layout of the curves."""
         values = {name: str(value) if value is None else value for name, value in options.items()}
-        for summary in hparams(values, {}):
-            self._write(lambda writer, summary=summary: writer.file_writer.add_summary(summary))
-        self._write(lambda writer: writer.add_custom_scalars(LAYOUT))
+        for summary in (*hparams(values, {}), custom_scalars(LAYOUT)):
+            self._add(summary=summary)
 
     def scalars(self, scalars: dict[str, float], step: int) -> None:
         """Add one point to each curve."""
         for tag, value in scalars.items():
-            self._write(lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step))
+            self._add(summary=scalar(tag, value), step=step)
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
         """Add a histogram of values (N,)."""
-        self._write(lambda writer: writer.add_histogram(tag, values, step))
+        self._add(summary=histogram(tag, values.numpy(), BINS), step=step)
 
-    def image(self, tag: str, image: Image.Image, step: int) -> None:
+    def image(self, tag: str, picture: Image.Image, step: int) -> None:
         """Add an image."""
-        self._write(lambda writer: writer.add_image(tag, np.asarray(image), step, dataformats="HWC"))
+        self._add(summary=image(tag, np.asarray(picture), dataformats="HWC"), step=step)
 
     def flush(self) -> None:
-        """Write what is buffered to the disk."""
-        self._write(lambda writer: writer.flush())
+        """Sync the file to the disk."""
+        if self.file:
+            with self._ending_at_error():
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """End the log."""
-        self._write(lambda writer: writer.close())
+        if self.file:
+            with self._ending_at_error():
+                self.file.close()
+        self.folder = self.file = None
 
-    def _write(self, write: Callable[[SummaryWriter], None]) -> None:
-        if self.writer is None:
+    def _add(self, step: int | None = None, **content: Any) -> None:
+        if self.folder is None:
             return
+        with self._ending_at_error():
+            event = Event(wall_time=time.time(), step=step, **content)
+            RecordWriter(self.waiting).write(event.SerializeToString())
+            is_due = step is not None and step > self.first_step and "summary" in content
+            if self.file or is_due:
+                self.file = self.file or self._open()
+                if self.file.write(self.waiting.getvalue()) < self.waiting.tell():
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.waiting = io.BytesIO()
+
+    def _open(self) -> BinaryIO:
+        """Create the file. Files are read in the order of their names, which start with a time: the name is
+        later than those of all others, even if the clock was set back."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = (re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in self.folder.iterdir())
+        number = max([int(time.time()), *(int(match[1]) + 1 for match in names if match)])
+        name = f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}.0"
+        return open(self.folder / name, "xb", buffering=0)
+
+    @contextmanager
+    def _ending_at_error(self) -> Iterator[None]:
         try:
-            write(self.writer)
+            yield
         except OSError as error:
             tqdm.write(f"WARNING: the curves end here: they cannot be written ({error})", file=sys.stderr)
-            self.writer = None
+            self.folder = self.file = None

@@ -28,6 +28,7 @@ def find(name: str | None) -> torch.device:
 
 def weight_dtype(mixed_precision: str) -> torch.dtype:
     """The precision of the frozen models for one of accelerate's names; raises `UserError` for others."""
+    mixed_precision = mixed_precision.lower()  # a variable may have it in capitals
     if mixed_precision not in DTYPES:
         raise UserError(
             f"mixed precision {mixed_precision} is not supported; use --mixed_precision {', '.join(DTYPES)}. "

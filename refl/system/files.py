@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,22 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
     """Write a file atomically: beside `path`, synced to the disk, then renamed."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    write_synced(partial, content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    try:
+        write_synced(partial, content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def writing(folder: Path, advice: str = "") -> Iterator[None]:
+    """Raise `UserError` if a file in `folder` cannot be written, because the disk is full for example."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}.{advice}") from error
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -81,6 +95,12 @@ def check_output_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if "\0" in str(folder):
         raise UserError(f"{str(folder)!r} cannot be used for output: it contains a null character.")
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # no permission on the way, or a name that is too long
+        raise UserError(f"{folder} cannot be used for output: {error.strerror}.") from error
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise UserError(f"{folder} cannot be used for output: {existing} is not a folder.")

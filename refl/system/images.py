@@ -7,7 +7,8 @@ from os import PathLike
 from pathlib import Path
 
 from refl.system.errors import UserError
-from refl.system.files import write_whole
+from refl.system.files import write_whole, writing
+from refl.system.ownership import OutputFolder
 
 import numpy as np
 import torch
@@ -40,11 +41,20 @@ def read_image(path: str | PathLike) -> Image.Image:
         raise UserError(f"{path}: {reason}.") from error
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG file atomically."""
+def image_size(path: str | PathLike) -> tuple[int, int] | None:
+    """Width and height of an image file, by its header; None if it is not an image."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def to_png(image: Image.Image) -> bytes:
+    """Convert an image to a PNG file."""
     content = io.BytesIO()
     image.save(content, format="PNG")
-    write_whole(path, content.getvalue())
+    return content.getvalue()
 
 
 def saturated_share(images: Tensor) -> Tensor:
@@ -52,23 +62,28 @@ def saturated_share(images: Tensor) -> Tensor:
     return ((images < 0) | (images > 1)).float().mean((1, 2, 3))
 
 
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG file atomically."""
+    write_whole(path, to_png(image))
+
+
 class ImageWriter:
-    """Write PNG files on a worker thread, so that the GPU generates the next batch meanwhile.
+    """Write PNG files to a folder on a worker thread, so that the GPU generates the next batch meanwhile.
 
     A context manager; leaving it waits until all files are written. Every file is whole or absent. If one
     cannot be written, `write` or the exit raises `UserError`, with `advice` at the end of its message.
     """
 
-    def __init__(self, advice: str = ""):
-        self.advice = advice
+    def __init__(self, output: OutputFolder, advice: str = ""):
+        self.output, self.advice = output, advice
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
-        self._pending: deque[tuple[Path, Future]] = deque()
+        self._pending: deque[Future] = deque()
 
-    def write(self, image: Image.Image, path: Path) -> None:
+    def write(self, image: Image.Image, name: str) -> None:
         """Queue an image; wait while `MAX_PENDING` others are queued."""
-        while self._pending and (self._pending[0][1].done() or len(self._pending) >= MAX_PENDING):
+        while self._pending and (self._pending[0].done() or len(self._pending) >= MAX_PENDING):
             self._finish_oldest()
-        self._pending.append((path, self._pool.submit(save_image, image, path)))
+        self._pending.append(self._pool.submit(lambda: self.output.write(name, to_png(image))))
 
     def __enter__(self) -> "ImageWriter":
         return self
@@ -79,8 +94,5 @@ class ImageWriter:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
-        path, future = self._pending.popleft()
-        try:
-            future.result()
-        except OSError as error:
-            raise UserError(f"{path.parent} cannot be written: {error}.{self.advice}") from error
+        with writing(self.output.path, self.advice):
+            self._pending.popleft().result()

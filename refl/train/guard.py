@@ -7,6 +7,7 @@ same noise, so two validations are compared prompt by prompt. A measure is worse
 chance, and training stops after two such validations in a row.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -89,8 +90,15 @@ class Guard:
 
     @classmethod
     def from_state(cls, state: dict) -> "Guard":
-        """Restore a guard from `state()`; {} gives a new one."""
+        """Restore a guard from `state()`; {} gives a new one. Raises `TypeError` or `ValueError` for other
+        values."""
         validations = {name: state.get(name) and ValidationMeans(**state[name]) for name in ("base", "best")}
+        for validation in filter(None, validations.values()):
+            operator.index(validation.step)
+            for name in ("rewards", "saturated", "held_out", "diversity"):
+                values = getattr(validation, name)
+                if values is not None:
+                    list(map(float, values))
         return cls(**validations, worse=state.get("worse", 0), reason=state.get("reason"))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import math
+import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -255,12 +256,14 @@ def _read(file: Path) -> dict:
     content = read_json(file)
     if not isinstance(content, dict):
         raise UserError(f"{file} cannot be read (not a JSON object of options).")
-    return content
+    return {name.replace("-", "_"): value for name, value in content.items()}
 
 
 def _read_arguments(file: Path) -> list[str]:
     """Convert a file of options to command-line arguments; raises `UserError` that names the file."""
     skipped = (*COMMAND_ONLY, "description")
+    if names := [name for name in _read(file) if not re.fullmatch("[a-z][a-z0-9_]*", name)]:
+        raise UserError(f"{file}: {names[0]!r} is not the name of an option; --help lists them.")
     arguments = [_as_argument(name, value) for name, value in _read(file).items() if name not in skipped]
     if not _is_valid(arguments):
         wrong = next(argument for argument in arguments if not _is_valid([argument]))

@@ -11,18 +11,20 @@ import sys
 from pathlib import Path
 
 from refl.model.lora import KOHYA_FILE, LORA_FILE, pack_lora, to_kohya, unpack_lora
-from refl.report import card
+from refl.report import card, outputs
 from refl.report.log import Log
 from refl.system import checkpoints
 from refl.system.distributed import is_peer_lost
 from refl.system.errors import UserError
-from refl.system.files import write_whole
+from refl.system.files import check_output_folder, writing
+from refl.system.ownership import ADVICE, OutputFolder, take
 from refl.system.signals import Stopped, StopSignals
+from refl.train import identity
 from refl.train.batches import Inputs
 from refl.train.guard import Guard, ValidationMeans
 from refl.train.models import Models
 from refl.train.options import Options, run_fingerprint, to_save
-from refl.train.progress import Progress, pack_state, resume
+from refl.train.progress import BEST_LORA, INPUTS, OPTIMIZER_FILE, Progress, pack_state, resume
 from refl.train.update import Updater
 from refl.train.validation import Validation
 
@@ -31,9 +33,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-BEST = "best"  # folder of the best LoRA so far
-BEST_LORA = "best_lora_weights.safetensors"  # the same inside a checkpoint
 ENOUGH_IMAGES = 64  # for --early_stop to tell a change from chance
 
 
@@ -41,9 +40,11 @@ class Run:
     """What a run has reached and what it leaves on the disk. Only the main process writes."""
 
     def __init__(self, options: Options, inputs: Inputs, accelerator: Accelerator):
-        """Find the checkpoint to resume from; raises `UserError` if its run cannot be resumed."""
+        """Lock the folder and find the checkpoint to resume from; raises `UserError` if the run cannot be
+        resumed, if another process uses the folder, or if a file in the way is not the program's own."""
         self.options, self.inputs, self.accelerator = options, inputs, accelerator
         self.folder = Path(options.output_dir)
+        self.output: OutputFolder | None = None  # of the main process
         self.fingerprint = run_fingerprint(
             options,
             accelerator.mixed_precision,
@@ -51,7 +52,7 @@ class Run:
             inputs.prompts,
             inputs.validation_prompts,
             inputs.captioned,
-        )
+        ) | {INPUTS: identity.of_inputs(options)}
         self.progress, self.checkpoint = self._resume()
         self.first_step = self.saved_step = self.progress.step
         self.guard = Guard.from_state(self.progress.guard if options.early_stop else {})
@@ -65,13 +66,37 @@ class Run:
         if self.accelerator.is_main_process:
             source, allow_changed = self.options.resume_from_checkpoint, self.options.allow_changed_options
             try:
+                self.output = take(self.folder, outputs.RUN)
+                self._check_checkpoints()
                 outcome = resume(self.folder, source, self.fingerprint, allow_changed)
+                if outcome[0].step < self.options.max_train_steps:
+                    self._check_places()
             except UserError as error:
                 outcome = error
         [outcome] = broadcast_object_list([outcome])
         if isinstance(outcome, UserError):
             raise outcome
         return outcome
+
+    def _check_checkpoints(self) -> None:
+        """Raise `UserError` if the folder has checkpoints of another program or copied from another run."""
+        for path in checkpoints.foreign(self.folder):
+            if path.is_dir():
+                raise UserError(
+                    f"{path} was not written by this program in this folder. {ADVICE} To resume from a "
+                    f"checkpoint copied from another run: --resume_from_checkpoint, from another place."
+                )
+            _warn(f"{path} is not a checkpoint; it is ignored, and none will be saved under its name.")
+
+    def _check_places(self) -> None:
+        """Raise `UserError` if a file that this run will write cannot be, or would replace one of others."""
+        options = self.options
+        loras = [LORA_FILE, *([KOHYA_FILE] if options.also_kohya else [])]
+        names = [*loras, outputs.OPTIONS, card.FILE, *outputs.CARD_IMAGES[:-1]]
+        names += [f"{outputs.BEST}/{name}" for name in loras] if options.early_stop else []
+        self.output.check(names)
+        if options.report_to != "none":
+            check_output_folder(self.folder / options.logging_dir)
 
     # ---- where the run stands
 
@@ -116,11 +141,10 @@ class Run:
         """The main process's log, without points that an earlier process wrote after its last checkpoint."""
         if not self.accelerator.is_main_process:
             return Log(None)
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.options.report_to == "none":
             return Log(None)
-        purge_step = self.progress.step + 1 if self.is_resumed else 0
-        log = Log(self.folder / self.options.logging_dir, purge_step)
+        step = self.progress.step
+        log = Log(self.folder / self.options.logging_dir, step, step + 1 if self.is_resumed else 0)
         if not self.is_resumed:
             log.options(to_save(self.options))
         return log
@@ -237,11 +261,17 @@ class Run:
             progress.first_validation = progress.validation
 
     def write_best(self) -> None:
-        """Write the best LoRA so far, if there is one, to the folder `BEST`."""
-        if not (self.best_lora and self.accelerator.is_main_process):
+        """Write the best LoRA so far, if there is one, to the folder best/; delete that of a replaced run."""
+        if not self.accelerator.is_main_process:
+            return
+        if not self.best_lora:
+            if not self.is_resumed:
+                with writing(self.folder):
+                    self.output.delete(f"{outputs.BEST}/{LORA_FILE}")
+                    self.output.delete(f"{outputs.BEST}/{KOHYA_FILE}")
             return
         try:
-            self._write(self._lora_files(self.best_lora, self.folder / BEST))
+            self._write(self._lora_files(self.best_lora, f"{outputs.BEST}/"))
         except UserError as error:
             _warn(f"{error} The next checkpoint will hold it.")
 
@@ -266,8 +296,9 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         result = self.best_lora or self.checkpoint[LORA_FILE]
-        files = self._lora_files(result, self.folder)
-        is_written = all(file.exists() and file.read_bytes() == content for file, content in files.items())
+        files = {self.folder / name: content for name, content in self._lora_files(result).items()}
+        with writing(self.folder):
+            is_written = all(file.is_file() and file.read_bytes() == own for file, own in files.items())
         if not (is_written and (self.folder / card.FILE).exists()):
             self._write_result(result)
         stopped = f", where {self.guard.reason}" if self.guard.reason else ""
@@ -275,27 +306,23 @@ class Run:
 
     def _write_result(self, lora: bytes) -> None:
         options = json.dumps(to_save(self.options), indent=2) + "\n"
-        self._write(self._lora_files(lora, self.folder) | {self.folder / "options.json": options})
+        self._write(self._lora_files(lora) | {outputs.OPTIONS: options})
         if not self.options.also_kohya:  # an earlier LoRA's
-            (self.folder / KOHYA_FILE).unlink(missing_ok=True)
+            with writing(self.folder):
+                self.output.delete(KOHYA_FILE)
         card.write_if_possible(self.folder)
 
-    def _lora_files(self, lora: bytes, folder: Path) -> dict[Path, bytes]:
-        """The LoRA's files, in kohya's format as well with --also_kohya."""
-        files = {folder / LORA_FILE: lora}
+    def _lora_files(self, lora: bytes, folder: str = "") -> dict[str, bytes]:
+        """The LoRA's files by name, in kohya's format as well with --also_kohya."""
+        files = {f"{folder}{LORA_FILE}": lora}
         if self.options.also_kohya:
-            files[folder / KOHYA_FILE] = to_kohya(lora)
+            files[f"{folder}{KOHYA_FILE}"] = to_kohya(lora)
         return files
 
-    def _write(self, files: dict[Path, bytes | str]) -> None:
-        try:
-            for file, content in files.items():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(file, content)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be written: {error}. Free some space and give the same command again."
-            ) from error
+    def _write(self, files: dict[str, bytes | str]) -> None:
+        with writing(self.folder, " Free some space and give the same command again."):
+            for name, content in files.items():
+                self.output.write(name, content)
 
 
 def _warn(text: str) -> None:
