@@ -13,7 +13,7 @@ import inference
 import inference_lora
 import refl_lora
 from refl.model import drawing
-from refl.model.lora import read_metadata
+from refl.model.lora import KOHYA_FILE, read_metadata
 from refl.report.log import LAYOUT
 from refl.reward import imagereward
 from refl.system.errors import UserError
@@ -79,7 +79,7 @@ def trained(shared, tiny):
 def test_a_run_writes_these_files_and_no_others(trained):
     files = {path.relative_to(trained / "world2").as_posix() for path in (trained / "world2").rglob("*.*")}
     assert {re.sub(r"events\.out.*", "events", file) for file in files} == {
-        LORA, "options.json", "logs/events",
+        LORA, KOHYA_FILE, "options.json", "logs/events",
         "README.md", "curves.png", "validation_before.png", "validation_after.png",
         *(f"checkpoint-3/{name}" for name in (LORA, "optimizer.safetensors", "state.json", "checksums.json")),
     }  # fmt: skip

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from refl.model.lora import KOHYA_FILE, LORA_FILE, pack_lora, to_kohya, unpack_lora
+from refl.model.lora import KOHYA_FILE, LORA_FILE, export_lora, pack_lora, to_kohya, unpack_lora
 from refl.report import card
 from refl.report.log import Log
 from refl.system import checkpoints
@@ -281,10 +281,10 @@ class Run:
         card.write_if_possible(self.folder)
 
     def _lora_files(self, lora: bytes, folder: Path) -> dict[Path, bytes]:
-        """The LoRA's files, in kohya's format as well with --also_kohya."""
-        files = {folder / LORA_FILE: lora}
+        """The LoRA's files for other programs, in diffusers' format and, with --also_kohya, in kohya's."""
+        files = {folder / LORA_FILE: export_lora(lora)}
         if self.options.also_kohya:
-            files[folder / KOHYA_FILE] = to_kohya(lora)
+            files[folder / KOHYA_FILE] = to_kohya(files[folder / LORA_FILE], self.folder.absolute().name)
         return files
 
     def _write(self, files: dict[Path, bytes | str]) -> None:
