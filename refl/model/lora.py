@@ -138,11 +138,19 @@ def _lora_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:  # not copie
 
 
 def lora_file(path: str | Path) -> Path:
-    """The file of a LoRA, given itself or its folder; raises `UserError` if it does not exist."""
+    """The file of a LoRA, given itself or its folder; raises `UserError` if it does not exist or has another
+    kind of name."""
     path = Path(path)
     file = path / LORA_FILE if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"no LoRA at {file}. Train one (bash train_refl_lora.sh), or name another.")
+        others = sorted(other.name for other in path.glob("*.safetensors"))
+        hint = f" {path} holds {', '.join(others[:3])}: name the file itself." if others else ""
+        raise UserError(f"no LoRA at {file}. Train one (bash train_refl_lora.sh), or name another.{hint}")
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"{file} is not called .safetensors. Convert pickles (.bin, .pt, .ckpt), which can run code and "
+            "are not read; rename a safetensors file."
+        )
     return file
 
 
