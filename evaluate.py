@@ -10,14 +10,17 @@ images per prompt may be added in the same way. Scores are always computed anew:
 generation, and the code of a reward may have changed.
 """
 
+from refl.system.streams import protect_streams
+
+if __name__ == "__main__":
+    protect_streams()  # before the imports, which take seconds
+
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -146,8 +149,7 @@ def main() -> None:
 
     # ---- compare and report
     evaluation = {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        **settings.occasion(),
         "seconds": round(time.perf_counter() - started, 1),
         "seconds_drawing_per_image": round(sum(seconds) / len(missing), 3) if missing else None,
         "options": asdict(options),

@@ -504,7 +504,7 @@ def test_as_trained_is_one_way(options, world, tiny, tmp_path, monkeypatch):
 
 MISTAKES = {
     "--lora_paths nowhere": "no LoRA at nowhere",
-    "--lora_paths README.md": "README.md is damaged or is not",
+    "--lora_paths README.md": "README.md is not called .safetensors",
     "--prompts README.md": "prompts are read from",
     "--num_prompts 0": "--num_prompts 0: must be 1 or more",
     "--num_images_per_prompt 0": "--num_images_per_prompt 0: must be 1 or more",
