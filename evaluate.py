@@ -275,9 +275,7 @@ def load_scorers(options: Options, device: torch.device, prompt: str) -> rewards
         held_out = rewards.load(
             options.held_out_reward, options.reward_path, device, torch.float32, "--held_out_reward"
         )
-        scorers = rewards.WeightedRewards(
-            scorers.rewards | held_out.rewards, scorers.weights | dict.fromkeys(held_out.rewards, 0.0)
-        )
+        scorers = scorers.and_held_out(held_out)
     side = resolution_of(options.pretrained_model_name_or_path, options.resolution)
     with torch.no_grad():
         noise = torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(0))
