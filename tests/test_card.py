@@ -1,15 +1,18 @@
 """The model card: what it says of a real run and of damaged, hostile and evaluated ones."""
 
 import json
+import logging
 import re
 import shutil
 import sys
+import time
 from hashlib import sha256
 
 import refl.__main__
 import refl_lora
 from refl.model.lora import KOHYA_FILE, LORA_FILE, METADATA_KEY
 from refl.report import card
+from refl.report.log import Log
 from refl.system.errors import UserError
 
 import pytest
@@ -213,6 +216,19 @@ def test_what_is_damaged_or_not_there_is_left_out(folder):
     shutil.rmtree(folder / "logs")
     card.write(folder)
     assert read(folder) == text
+
+
+def test_a_resumed_runs_log_is_read_without_a_warning(tmp_path, caplog):
+    for steps, purge_step in (((1, 2, 3), 0), ((2, 3), 2)):
+        log = Log(tmp_path, purge_step=purge_step)
+        for step in steps:
+            log.scalars({"loss": purge_step}, step)
+        log.close()
+        time.sleep(1.01)  # a file's name has the second
+    assert [point.value for point in card._read_events(tmp_path)[0]["loss"]] == [0, 2, 2]
+    assert not caplog.text
+    logging.getLogger("tensorboard").warning("another message")
+    assert "another message" in caplog.text
 
 
 def test_hostile_text(folder):

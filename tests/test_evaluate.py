@@ -531,7 +531,7 @@ def test_mistakes(options, world, tmp_path, monkeypatch, mistake):
 
 def test_a_reward_that_fails_does_so_before_the_drawing(options, world, tmp_path, monkeypatch, count_drawn):
     (world / "broken.py").write_text("def red(images, prompts): return images.mean()\n")
-    with pytest.raises(UserError, match="the reward broken.red returned a tensor"):
+    with pytest.raises(UserError, match="the reward broken.red of --(held_out_)?reward returned a tensor"):
         run_in_process(
             evaluate, monkeypatch, *options, "--held_out_reward", "broken:red", "--output_dir",
             tmp_path / "out", "--lora_paths", world / "lora",
