@@ -400,7 +400,7 @@ def test_truncated_weights_stop_two_processes_with_one_message(training_options,
         (inference, ["--device", "cuda:99"], "not a device that can be used"),
         (inference, ["--prompts_file", "nowhere.csv"], "nowhere.csv"),
         (inference_lora, ["--lora_path", "nowhere"], "no LoRA at nowhere"),
-        (inference_lora, ["--lora_path", "README.md"], "README.md is damaged or is not"),
+        (inference_lora, ["--lora_path", "README.md"], "README.md is not called .safetensors"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
