@@ -10,14 +10,17 @@ images per prompt may be added in the same way. Scores are always computed anew:
 generation, and the code of a reward may have changed.
 """
 
+from refl.system.streams import protect_streams
+
+if __name__ == "__main__":
+    protect_streams()  # before the imports, which take seconds
+
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -152,8 +155,7 @@ def main() -> None:
 
     # ---- compare and report
     evaluation = {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        **settings.occasion(),
         "seconds": round(time.perf_counter() - started, 1),
         "seconds_drawing_per_image": round(sum(seconds) / len(missing), 3) if missing else None,
         "options": asdict(options),
@@ -270,9 +272,7 @@ def load_scorers(options: Options, device: torch.device, prompt: str) -> rewards
         held_out = rewards.load(
             options.held_out_reward, options.reward_path, device, torch.float32, "--held_out_reward"
         )
-        scorers = rewards.WeightedRewards(
-            scorers.rewards | held_out.rewards, scorers.weights | dict.fromkeys(held_out.rewards, 0.0)
-        )
+        scorers = scorers.and_held_out(held_out)
     side = resolution_of(options.pretrained_model_name_or_path, options.resolution)
     with torch.no_grad():
         noise = torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(0))

@@ -6,6 +6,11 @@ python inference.py --prompt "a red fox" --seed 7 --num_images_per_prompt 1
 Both scripts take the same options, and the same seed gives the same noise.
 """
 
+from refl.system.streams import protect_streams
+
+if __name__ == "__main__":
+    protect_streams()  # before the imports, which take seconds
+
 from dataclasses import dataclass
 
 from refl.model import drawing

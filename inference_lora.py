@@ -7,6 +7,11 @@ The guidance is the one that the LoRA's file names. "Before" is the base model a
 that of inference.py if that is another.
 """
 
+from refl.system.streams import protect_streams
+
+if __name__ == "__main__":
+    protect_streams()  # before the imports, which take seconds
+
 import json
 from dataclasses import dataclass, replace
 

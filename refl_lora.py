@@ -29,6 +29,11 @@ Departures from the published code:
 Start it with train_refl_lora.sh. `refl_lora.py --help` explains every option.
 """
 
+from refl.system.streams import protect_streams
+
+if __name__ == "__main__":
+    protect_streams()  # before the imports, which take seconds
+
 import math
 import signal
 import sys

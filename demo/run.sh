@@ -39,4 +39,4 @@ fi
 echo "trained for $((trained - started)) s, $((SECONDS - started)) s in all"
 echo "images:      result/demo/evaluation/grid.png"
 echo "model card:  result/demo/refl_lora/README.md"
-echo "curves:      $PYTHON -m tensorboard.main --logdir result/demo/refl_lora/logs"
+echo "curves:      $PYTHON -m tensorboard.main --logdir result/demo"

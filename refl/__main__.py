@@ -1,5 +1,10 @@
 """Run one of the package's commands: python -m refl score|doctor|card|merge|launch, each with --help."""
 
+from refl.system.streams import protect_streams
+
+if __name__ == "__main__":
+    protect_streams()  # before the imports, which take seconds
+
 import sys
 from importlib import import_module
 

@@ -1,15 +1,18 @@
 """The model card: what it says of a real run and of damaged, hostile and evaluated ones."""
 
 import json
+import logging
 import re
 import shutil
 import sys
+import time
 from hashlib import sha256
 
 import refl.__main__
 import refl_lora
 from refl.model.lora import KOHYA_FILE, LORA_FILE, METADATA_KEY
 from refl.report import card
+from refl.report.log import Log
 from refl.system.errors import UserError
 
 import pytest
@@ -98,7 +101,7 @@ def test_a_runs_card(folder):
         "| `max_stop` | `3` |",
         "prompts of `prompts.txt`, 3 of them",
         "No images were trained on",
-        "--also_kohya",
+        f"[{KOHYA_FILE}]({KOHYA_FILE}) is for ComfyUI",
         "**Draw with guidance 4.5**: `guidance_scale=4.5` in diffusers, CFG scale 4.5 in A1111 and ComfyUI.",
         "The LoRA was trained with guidance 3.0.",
         "guidance_scale=4.5, height=64",
@@ -119,10 +122,8 @@ def test_a_runs_card(folder):
 
 @pytest.mark.slow
 def test_its_code_runs(folder, tiny):
-    (folder / KOHYA_FILE).touch()
     card.write(folder)
     text = read(folder)
-    assert f"[{KOHYA_FILE}]" in text and "--also_kohya" not in text
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     assert "DDPMScheduler" in code and "num_inference_steps=4, guidance_scale=4.5, height=64" in code
     code = code.replace("path/to/the/base/model", str(tiny / "stable-diffusion-v1-4"))
@@ -215,6 +216,19 @@ def test_what_is_damaged_or_not_there_is_left_out(folder):
     shutil.rmtree(folder / "logs")
     card.write(folder)
     assert read(folder) == text
+
+
+def test_a_resumed_runs_log_is_read_without_a_warning(tmp_path, caplog):
+    for steps, purge_step in (((1, 2, 3), 0), ((2, 3), 2)):
+        log = Log(tmp_path, purge_step=purge_step)
+        for step in steps:
+            log.scalars({"loss": purge_step}, step)
+        log.close()
+        time.sleep(1.01)  # a file's name has the second
+    assert [point.value for point in card._read_events(tmp_path)[0]["loss"]] == [0, 2, 2]
+    assert not caplog.text
+    logging.getLogger("tensorboard").warning("another message")
+    assert "another message" in caplog.text
 
 
 def test_hostile_text(folder):

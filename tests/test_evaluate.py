@@ -18,7 +18,7 @@ from refl.model import drawing
 from refl.model.lora import LORA_FILE, add_lora
 from refl.model.pipeline import generate, load_lora, load_pipeline
 from refl.model.stable_diffusion import load_stable_diffusion
-from refl.report import page, statistics
+from refl.report import page, settings, statistics
 from refl.report.cases import Lora, find_cases, find_loras, image_seed
 from refl.report.results import REWARD, Results, best_comparisons, compare
 from refl.system.errors import UserError
@@ -225,6 +225,31 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.parametrize(
+    "measure, low, high, expected",
+    [
+        ("reward", 0.1, 0.2, "better"),
+        ("reward", -0.2, -0.1, "worse"),
+        ("reward", -0.1, 0.1, ""),
+        ("diversity", -0.2, -0.1, "worse"),
+        ("diversity", 0.1, 0.2, ""),
+        ("saturated", 0.1, 0.2, "worse"),
+        ("saturated", -0.2, -0.1, ""),
+    ],
+)
+def test_losses_are_marked_like_gains(measure, low, high, expected):
+    against = {"low": low, "high": high} | ({"win": 1} if measure == "reward" else {})
+    assert page.significance(against, measure) == expected
+
+
+def test_the_command_in_the_report_finds_the_rewards_again(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--output_dir", "my results"])
+    monkeypatch.setenv("PYTHONPATH", "demo")
+    assert settings.occasion()["command"] == "PYTHONPATH=demo python evaluate.py --output_dir 'my results'"
+    monkeypatch.delenv("PYTHONPATH")
+    assert settings.occasion()["command"] == "python evaluate.py --output_dir 'my results'"
+
+
 def test_a_sweep_and_its_report(options, world, tmp_path, monkeypatch, capsys, count_drawn):
     sweep = ["--sweep_lora_scale", "0,0.5,1", "--sweep_guidance", "1,2", "--num_prompts", "2"]
     run_in_process(
@@ -249,6 +274,10 @@ def test_a_sweep_and_its_report(options, world, tmp_path, monkeypatch, capsys, c
     assert len(page.images) >= 8 and all(image["alt"] and "base64," in image["src"] for image in page.images)
     for measure in ("reward", "held_out.red", "diversity"):
         assert f"{measure} by scale and guidance" in text
+    table = text[text.index("<h2>All cases</h2>") :].partition("</table>")[0]
+    assert table.count("<tr>") == 1 + len(cases) and all(
+        f"<td>{case['name']}</td>" in table for case in cases
+    )
     best = evaluation["best_against_best"]
     assert best["criterion"] == "held_out.red" and len(best["loras"]) == 2  # scales
     assert "highest held_out.red" in shown and "Best against best" in text
@@ -504,7 +533,7 @@ def test_as_trained_is_one_way(options, world, tiny, tmp_path, monkeypatch):
 
 MISTAKES = {
     "--lora_paths nowhere": "no LoRA at nowhere",
-    "--lora_paths README.md": "README.md is damaged or is not",
+    "--lora_paths README.md": "README.md is not called .safetensors",
     "--prompts README.md": "prompts are read from",
     "--num_prompts 0": "--num_prompts 0: must be 1 or more",
     "--num_images_per_prompt 0": "--num_images_per_prompt 0: must be 1 or more",
@@ -531,7 +560,7 @@ def test_mistakes(options, world, tmp_path, monkeypatch, mistake):
 
 def test_a_reward_that_fails_does_so_before_the_drawing(options, world, tmp_path, monkeypatch, count_drawn):
     (world / "broken.py").write_text("def red(images, prompts): return images.mean()\n")
-    with pytest.raises(UserError, match="the reward broken.red returned a tensor"):
+    with pytest.raises(UserError, match="the reward broken.red of --(held_out_)?reward returned a tensor"):
         run_in_process(
             evaluate, monkeypatch, *options, "--held_out_reward", "broken:red", "--output_dir",
             tmp_path / "out", "--lora_paths", world / "lora",

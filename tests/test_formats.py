@@ -1,13 +1,23 @@
-"""The LoRA in other people's programs: kohya's format, and merged into a model."""
+"""The LoRA in other people's programs: diffusers' and kohya's formats, and merged into a model."""
+
+import json
 
 import refl_lora
 from refl.model import merge
-from refl.model.lora import KOHYA_FILE, LORA_FILE, add_lora, read_metadata, to_kohya
+from refl.model.lora import (
+    ADAPTER_SETTINGS,
+    KOHYA_FILE,
+    LORA_FILE,
+    add_lora,
+    export_lora,
+    read_metadata,
+    to_kohya,
+)
 from refl.system.errors import UserError
 
 import pytest
 import torch
-from conftest import run_in_process, save_lora
+from conftest import run_in_process, run_script, save_lora
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -37,7 +47,7 @@ def image(model, lora=None, scale=1.0):
 
 def test_kohyas_format_draws_the_same_images(lora_file, tiny, tmp_path):
     model, kohya = tiny / "stable-diffusion-v1-4", tmp_path / "kohya.safetensors"
-    kohya.write_bytes(to_kohya(lora_file.read_bytes()))
+    kohya.write_bytes(to_kohya(lora_file.read_bytes(), "run"))
     ours, theirs, base = image(model, lora_file), image(model, kohya), image(model)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     assert (ours - base).abs().max() > 0.01
@@ -49,6 +59,7 @@ def test_kohyas_format_draws_the_same_images(lora_file, tiny, tmp_path):
     with safe_open(kohya, "pt") as file:
         about = file.metadata()
     assert (about["ss_network_dim"], about["ss_network_alpha"]) == ("2", "3.0")
+    assert about["ss_output_name"] == "run"
     assert read_metadata(kohya) == {"step": 7}
 
 
@@ -80,9 +91,45 @@ def test_a_merge_that_cannot_be(lora_file, tiny, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("merged*"))
 
 
-def test_training_writes_kohyas_format_when_asked(training_options, tmp_path, monkeypatch):
-    run_in_process(refl_lora, monkeypatch, *training_options)
-    file = tmp_path / "out" / KOHYA_FILE
-    assert not file.exists()
-    run_in_process(refl_lora, monkeypatch, *training_options, "--also_kohya")  # of a run that is finished
-    assert file.read_bytes() == to_kohya((tmp_path / "out" / LORA_FILE).read_bytes())
+def adapter_of(file):
+    with safe_open(file, "pt") as tensors:
+        return json.loads(tensors.metadata()["lora_adapter_metadata"])
+
+
+def test_an_exported_lora_needs_no_metadata(lora_file, tiny):
+    """Its alpha is its rank, and it draws the same as before, from which it differs in B alone."""
+    exported = lora_file.with_name("exported.safetensors")
+    exported.write_bytes(export_lora(lora_file.read_bytes()))
+    before, after = load_file(lora_file), load_file(exported)
+    for key, value in before.items():
+        assert torch.equal(after[key], value * 1.5 if ".lora.up." in key else value), key
+    assert {key.removeprefix("unet.") for key in adapter_of(exported)} == set(ADAPTER_SETTINGS)
+    assert adapter_of(exported) | {"unet.lora_alpha": 3} == adapter_of(lora_file)
+    assert adapter_of(exported)["unet.lora_alpha"] == adapter_of(exported)["unet.r"] == 2
+    assert read_metadata(exported) == read_metadata(lora_file)
+    model = tiny / "stable-diffusion-v1-4"
+    torch.testing.assert_close(image(model, exported), image(model, lora_file), rtol=0, atol=1e-5)
+    again = export_lora(exported.read_bytes())
+    assert again == exported.read_bytes()
+
+
+def test_a_run_exports_its_result_and_keeps_what_it_trained(training_options, tmp_path, monkeypatch):
+    run_in_process(refl_lora, monkeypatch, *training_options, "--lora_alpha=6")
+    out = tmp_path / "out"
+    checkpoint = (out / "checkpoint-2" / LORA_FILE).read_bytes()
+    assert adapter_of(out / "checkpoint-2" / LORA_FILE)["unet.lora_alpha"] == 6
+    assert (out / LORA_FILE).read_bytes() == export_lora(checkpoint) != checkpoint
+    assert (out / KOHYA_FILE).read_bytes() == to_kohya((out / LORA_FILE).read_bytes(), "out")
+    # A finished run writes or leaves out kohya's file as asked.
+    for option, is_there in (("--no_also_kohya", False), ("--also_kohya", True)):
+        (out / "README.md").unlink()
+        run_in_process(refl_lora, monkeypatch, *training_options, "--lora_alpha=6", option)
+        assert (out / KOHYA_FILE).exists() == is_there
+
+
+@pytest.mark.slow
+def test_other_versions_of_diffusers_draw_the_same():
+    ran = run_script("bash", "tests/clients/run.sh")
+    if ran.returncode == 77:
+        pytest.skip(ran.stdout.splitlines()[-1])
+    assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -38,6 +38,13 @@ value = 3
 
 def inplace(images, prompts): return red(images.sub_(0.5), prompts)
 
+def double(images, prompts): return images.double().mean((1, 2, 3))
+def whole(images, prompts): return images.mean((1, 2, 3)).mul(9).int()
+def unreal(images, prompts): return torch.complex(red(images, prompts), red(images, prompts))
+def raises(images, prompts): raise KeyError("here")
+def exits(images, prompts): raise SystemExit(0)
+def one(images): return red(images, None)
+
 class Bright:
     def __call__(self, images, prompts): return images.mean((1, 2, 3))
 
@@ -46,6 +53,27 @@ class NeedsMore(Bright):
 
 class NoCall:
     pass
+
+class OneArgument(torch.nn.Module):
+    def forward(self, images): return red(images, None)
+
+class Breaks(Bright):
+    def __init__(self): raise RuntimeError("no weights")
+
+class Features(Bright):
+    def features(self, images): return images.flatten(1)
+
+class Flat(Bright):
+    def features(self, images): return images.mean()
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Identity()
+    def forward(self, images, prompts): return red(images, prompts)
+
+class Table(Bright):
+    def score(self, prompt, images, batch_size): return [[1.0]]
 
 class Scorer(torch.nn.Module):
     def __init__(self):
@@ -61,9 +89,12 @@ def own(tmp_path, monkeypatch):
     """A module `own_rewards` in the current folder."""
     (tmp_path / "own_rewards.py").write_text(OWN)
     (tmp_path / "needs_more.py").write_text("import no_such_library\n")
+    (tmp_path / "own_syntax.py").write_text("def red(images, prompts) return images\n")
+    (tmp_path / "own_exit.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "own_error.py").write_text("def red(images, prompts): pass\n1 / 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    for module in ("own_rewards", "needs_more"):
+    for module in ("own_rewards", "needs_more", "own_error"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     yield tmp_path
     sys.modules.pop("own_rewards", None)
@@ -131,6 +162,20 @@ def test_classes_and_modules(own):
         ("own_rewards.py:red", "there is no module own_rewards.py"),
         ("..:red", "..:red is not a reward"),
         ("own_rewards:value", "a int is not a function of"),
+        (
+            "own_rewards:one",
+            r"--reward own_rewards:one: it must take \(images, prompts\): too many positional",
+        ),
+        ("own_rewards:OneArgument", r"it must take \(images, prompts\): too many positional"),
+        (
+            "own_syntax:red",
+            r"(?s)--reward own_syntax:red has an error:\n\n  File .*own_syntax.py.*SyntaxError",
+        ),
+        ("own_exit:red", r"(?s)own_exit:red calls sys.exit\(0\):\n\nTraceback.*own_exit.py., line 2"),
+        (
+            "own_error:red",
+            r"(?s)own_error:red has an error:\n\nTraceback.*line 2, in <module>\n.*ZeroDivision",
+        ),
     ],
 )
 def test_names_that_are_no_rewards(own, specification, message):
@@ -147,18 +192,51 @@ FAULTS = {
     "detached": r"gives no gradient: .* without detach\(\)",
     "blind": "gives no gradient",
     "steep": "has a gradient that is not finite",
+    "whole": "gives no gradient",
+    "unreal": "returned torch.complex64; scores must be real numbers",
+    "raises": r"has an error:\n\nTraceback[^\n]*\n  File [^\n]*own_rewards.py., [^\n]*in raises.*KeyError",
+    "exits": r"calls sys.exit\(0\):\n\nTraceback.*, in exits",
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_of_a_reward_are_named(own, name):
-    with pytest.raises(UserError, match=f"the reward own_rewards.{name} {FAULTS[name]}"):
+    with pytest.raises(UserError, match=f"(?s)the reward own_rewards.{name} of --reward {FAULTS[name]}"):
         load(f"own_rewards:{name}")(IMAGES.clone().requires_grad_() * 1, ["a", "b"])
+
+
+def test_other_faults_of_ones_own_code_are_named(own):
+    with pytest.raises(UserError, match=r"(?s)--reward own_rewards:Breaks has an error:.*no weights"):
+        load("own_rewards:Breaks")
+    for name, message in (
+        ("Features", r"vectors of length \["),
+        ("Flat", r"features\(\) returned torch.Size\(\[\]\)"),
+    ):
+        with pytest.raises(UserError, match=f"the reward own_rewards.{name} of --reward: .*{message}"):
+            load(f"own_rewards:{name}").features(IMAGES)
+    assert load("own_rewards:Layers").features(IMAGES) is None
+    with pytest.raises(
+        UserError, match=r"own_rewards.Table of --reward returned a tensor \(1, 1\) for 1 images"
+    ):
+        load("own_rewards:Table").score([Image.new("RGB", (8, 8))], "a", CPU)
+
+
+@pytest.mark.parametrize("name", ["double", "red"])
+def test_scores_of_any_precision(own, name):
+    images = IMAGES.clone().requires_grad_()
+    scores = load(f"own_rewards:{name},own_rewards:Bright:0.5")(images, ["a", "b"])
+    assert scores.dtype == torch.float32
+    assert torch.autograd.grad(scores.sum(), images)[0].dtype == torch.float32
+
+
+def test_whole_numbers_are_scores_without_gradient(own):
+    with torch.no_grad():
+        assert load("own_rewards:whole")(IMAGES, ["a", "b"]).dtype == torch.float32
 
 
 def test_a_gradient_of_zero_is_said_and_allowed(own, caplog):
     load("own_rewards:flat")(IMAGES.clone().requires_grad_(), ["a", "b"])
-    assert "own_rewards.flat has a gradient of zero" in caplog.text
+    assert "own_rewards.flat of --reward has a gradient of zero" in caplog.text
 
 
 def test_validation_changes_nothing(own):
@@ -200,7 +278,7 @@ def test_scores_without_gradient_are_checked_once(own, monkeypatch):
 def test_a_held_out_check_does_not_replace_that_of_training(own, name):
     reward = load(f"own_rewards:{name}")
     reward.finite.add(f"own_rewards.{name}")  # as after a validation whose scores were finite
-    with pytest.raises(UserError, match=f"the reward own_rewards.{name} {FAULTS[name]}"):
+    with pytest.raises(UserError, match=f"(?s)the reward own_rewards.{name} of --reward {FAULTS[name]}"):
         reward(IMAGES.clone().requires_grad_() * 1, ["a", "b"])
 
 
@@ -261,7 +339,7 @@ def test_a_faulty_reward_does_not_stop_drawing(own, tiny, trained_lora, monkeypa
     )  # fmt: skip
     assert visible(drawn) == ["0.png", "1.png", "grid.png"]
     out = capsys.readouterr().out
-    assert "no rewards shown: the reward own_rewards.nan returned [nan]" in out
+    assert "no rewards shown: the reward own_rewards.nan of --reward returned [nan]" in out
     assert "trained for --reward imagereward" in out
 
 

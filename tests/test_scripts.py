@@ -13,8 +13,8 @@ import inference
 import inference_lora
 import refl_lora
 from refl.model import drawing
-from refl.model.lora import read_metadata
-from refl.report.log import LAYOUT
+from refl.model.lora import KOHYA_FILE, read_metadata
+from refl.report.log import LAYOUT, layout
 from refl.reward import imagereward
 from refl.system.errors import UserError
 from refl.system.ownership import PRIVATE
@@ -83,7 +83,7 @@ def test_a_run_writes_these_files_and_no_others(trained):
     assert files & {PRIVATE, f"{PRIVATE}/written-0.sha256"}
     files -= {PRIVATE, f"{PRIVATE}/written-0.sha256"}
     assert {re.sub(r"events\.out.*", "events", file) for file in files} == {
-        LORA, "options.json", "logs/events",
+        LORA, KOHYA_FILE, "options.json", "logs/events",
         "README.md", "curves.png", "validation_before.png", "validation_after.png",
         *(f"checkpoint-3/{name}" for name in (LORA, "optimizer.safetensors", "state.json", "checksums.json")),
     }  # fmt: skip
@@ -134,7 +134,7 @@ def test_tensorboard_holds_everything(trained):
     rates = [point.value for point in board.Scalars("learning_rate")]
     assert rates == pytest.approx([0, 1e-2, 0.5e-2], abs=1e-8)
     assert [point.step for point in board.Images("validation/images")] == [0, 2, 3]
-    assert board.Images("validation/images")[0].width > 3 * 200
+    assert board.Images("validation/images")[0].height > 2 * 256  # two rows
     assert [histogram.step for histogram in board.Histograms("reward/histogram")] == [1, 2, 3]
     assert (
         board.Histograms("reward/histogram")[0].histogram_value.num == 8
@@ -142,9 +142,14 @@ def test_tensorboard_holds_everything(trained):
     assert all(np.isfinite(point.value) for tag in scalars for point in board.Scalars(tag))
     assert "_hparams_/session_start_info" in board.summary_metadata
     assert "custom_scalars__config__" in board.summary_metadata
-    for charts in LAYOUT.values():
+    options = json.loads((trained / "world2" / "options.json").read_text())
+    for charts in layout(options).values():
         for title, (_, patterns) in charts.items():
             assert all(any(re.match(pattern, tag) for tag in scalars) for pattern in patterns), title
+    assert layout({"validation_images_per_prompt": 2}) == LAYOUT
+    assert not any(
+        "validation" in title for charts in layout({"validation_steps": 0}).values() for title in charts
+    )
 
 
 def test_validation_is_shared_out_in_order(trained):
@@ -399,7 +404,7 @@ def test_truncated_weights_stop_two_processes_with_one_message(training_options,
         (inference, ["--device", "cuda:99"], "not a device that can be used"),
         (inference, ["--prompts_file", "nowhere.csv"], "nowhere.csv"),
         (inference_lora, ["--lora_path", "nowhere"], "no LoRA at nowhere"),
-        (inference_lora, ["--lora_path", "README.md"], "README.md is damaged or is not"),
+        (inference_lora, ["--lora_path", "README.md"], "README.md is not called .safetensors"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(

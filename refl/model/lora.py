@@ -22,6 +22,11 @@ ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # self and cross attent
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds it in a folder
 KOHYA_FILE = "kohya_lora.safetensors"
 METADATA_KEY = "refl"  # our entry of the file's metadata, JSON
+# What the file tells of peft's configuration. peft up to 0.20 refuses a file that names a setting of a later
+# version, and diffusers 0.35 one without rank_pattern.
+ADAPTER_SETTINGS = (
+    "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "lora_bias", "use_dora", "bias",
+)  # fmt: skip
 
 
 def add_lora(
@@ -48,7 +53,8 @@ def pack_lora(unet: UNet2DConditionModel, metadata: dict) -> bytes:
 
     The file also contains `metadata`, and what diffusers needs to restore rank and alpha.
     """
-    adapter = {f"unet.{key}": value for key, value in unet.peft_config["default"].to_dict().items()}
+    settings = unet.peft_config["default"].to_dict()
+    adapter = {f"unet.{key}": settings[key] for key in ADAPTER_SETTINGS}
     about = {
         LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, sort_keys=True, default=sorted),
         METADATA_KEY: json.dumps(metadata, sort_keys=True),
@@ -56,11 +62,27 @@ def pack_lora(unet: UNet2DConditionModel, metadata: dict) -> bytes:
     return _pack(_lora_weights(unet), about)
 
 
-def to_kohya(content: bytes) -> bytes:
-    """Convert a file from `pack_lora` to kohya's format, which A1111 and ComfyUI read as well."""
-    length = int.from_bytes(content[:8], "little")
-    about = json.loads(content[8 : 8 + length])["__metadata__"]
-    adapter = json.loads(about[LORA_ADAPTER_METADATA_KEY])
+def export_lora(content: bytes) -> bytes:
+    """Convert a file from `pack_lora`, also of an earlier version, to one that every diffusers from 0.32 on
+    applies alike: B is multiplied by alpha / rank, and alpha becomes the rank.
+
+    diffusers before 0.35 ignores the alpha in the metadata. A run's result is written in this form; its
+    checkpoints keep the matrices as trained, since the product is rounded unless alpha / rank is a power of
+    two, and resuming must be exact.
+    """
+    about, adapter = _read_about(content)
+    ratio = adapter["unet.lora_alpha"] / adapter["unet.r"]
+    adapter = {key: value for key, value in adapter.items() if key.partition(".")[2] in ADAPTER_SETTINGS}
+    adapter["unet.lora_alpha"] = adapter["unet.r"]
+    about[LORA_ADAPTER_METADATA_KEY] = json.dumps(adapter, sort_keys=True)
+    weights = {key: value * ratio if ".lora.up." in key else value for key, value in load(content).items()}
+    return _pack(weights, about)
+
+
+def to_kohya(content: bytes, name: str) -> bytes:
+    """Convert a file from `pack_lora` or `export_lora` to kohya's format, for ComfyUI, A1111 and Forge, which
+    show `name`."""
+    about, adapter = _read_about(content)
     rank, alpha = adapter["unet.r"], float(adapter["unet.lora_alpha"])
     names = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B."}  # as the converter expects
     weights = load(content)
@@ -76,9 +98,17 @@ def to_kohya(content: bytes) -> bytes:
         "ss_network_alpha": str(alpha),
         "ss_network_dim": str(rank),
         "ss_network_module": "networks.lora",
+        "ss_output_name": name,
         METADATA_KEY: about[METADATA_KEY],
     }
     return _pack(weights, about)
+
+
+def _read_about(content: bytes) -> tuple[dict[str, str], dict]:
+    """The metadata of a file from `pack_lora`, and peft's settings, which are a part of it."""
+    length = int.from_bytes(content[:8], "little")
+    about = json.loads(content[8 : 8 + length])["__metadata__"]
+    return about, json.loads(about[LORA_ADAPTER_METADATA_KEY])
 
 
 def _pack(weights: dict[str, Tensor], about: dict[str, str]) -> bytes:
@@ -127,11 +157,19 @@ def _lora_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:  # not copie
 
 
 def lora_file(path: str | Path) -> Path:
-    """The file of a LoRA, given itself or its folder; raises `UserError` if it does not exist."""
+    """The file of a LoRA, given itself or its folder; raises `UserError` if it does not exist or has another
+    kind of name."""
     path = Path(path)
     file = path / LORA_FILE if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"no LoRA at {file}. Train one (bash train_refl_lora.sh), or name another.")
+        others = sorted(other.name for other in path.glob("*.safetensors"))
+        hint = f" {path} holds {', '.join(others[:3])}: name the file itself." if others else ""
+        raise UserError(f"no LoRA at {file}. Train one (bash train_refl_lora.sh), or name another.{hint}")
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"{file} is not called .safetensors. Convert pickles (.bin, .pt, .ckpt), which can run code and "
+            "are not read; rename a safetensors file."
+        )
     return file
 
 

@@ -4,6 +4,7 @@ python -m refl merge --lora_path checkpoint/refl_lora --output_dir checkpoint/me
 python -m refl merge --lora_scale 0.5 --output_dir checkpoint/half_merged
 """
 
+import fnmatch
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from refl.system.ownership import check_new_folder, check_place, new_folder
 
 import torch
 import tyro
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import CLIPTextModel
 
 
 @dataclass
@@ -33,7 +37,7 @@ class Options:
 
 
 def merge(options: Options) -> Path:
-    """Write the folder and return it. The UNet keeps the precision of the model's. Raises `UserError`."""
+    """Write the folder and return it. UNet and text encoder keep their precision. Raises `UserError`."""
     source, output = Path(options.pretrained_model_name_or_path), Path(options.output_dir)
     require(required_files(source))
     check_model(source, 1)
@@ -41,23 +45,38 @@ def merge(options: Options) -> Path:
     check_new_folder(output)
     pipeline = load_pipeline(source, "ddpm", torch.float32, "cpu")
     load_lora(pipeline, options.lora_path, 1.0)
-    pipeline.fuse_lora(lora_scale=options.lora_scale)
+    has_text_part = any(isinstance(module, BaseTunerLayer) for module in pipeline.text_encoder.modules())
+    pipeline.fuse_lora(components=["unet", "text_encoder"], lora_scale=options.lora_scale)
     pipeline.unload_lora_weights()
     unet = pipeline.unet.to(dtype=_dtype(source / "unet"), memory_format=torch.contiguous_format)
+    replaced = {source / "unet": "diffusion_pytorch_model*"}  # files that are not copied
+    if has_text_part:
+        replaced[source / "text_encoder"] = "*model*.[sb]*"  # .safetensors and its index, .bin
 
     with new_folder(output) as partial:
-        is_weight = shutil.ignore_patterns("diffusion_pytorch_model*")
         shutil.copytree(source, partial, dirs_exist_ok=True, ignore=lambda folder, names: (
-            is_weight(folder, names) if Path(folder) == source / "unet" else set()
+            fnmatch.filter(names, replaced.get(Path(folder), ""))
         ))  # fmt: skip
         unet.save_pretrained(partial / "unet")
+        if has_text_part:
+            text_encoder = pipeline.text_encoder.to(_dtype(source / "text_encoder"))
+            _save_text_encoder(text_encoder, partial / "text_encoder")
     return output
+
+
+def _save_text_encoder(text_encoder: CLIPTextModel, folder: Path) -> None:
+    """Write the weights by the names that Stable Diffusion's have, from which transformers 5 drops the first
+    part and earlier versions and other programs do not."""
+    weights = {
+        f"text_model.{name.removeprefix('text_model.')}": value.contiguous()
+        for name, value in text_encoder.state_dict().items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _dtype(folder: Path) -> torch.dtype:
     """Precision of the weights in a folder; float32 if they are not safetensors."""
-    whole, parts = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors"
-    for file in (*folder.glob(whole), *folder.glob(parts)):
+    for file in sorted(folder.glob("*model.safetensors")) + sorted(folder.glob("*model-*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             return tensors.get_tensor(next(iter(tensors.keys()))).dtype
     return torch.float32

@@ -8,6 +8,7 @@ from pathlib import Path
 from refl.model import families
 from refl.model.lean import lora_off, make_lean
 from refl.model.lora import lora_file, read_metadata
+from refl.model.lora_check import check_applied, check_kind
 from refl.model.stable_diffusion import decode, vae_factor
 from refl.system.errors import UserError
 
@@ -38,24 +39,31 @@ def load_lora(
 ) -> None:
     """Load a LoRA in diffusers' or kohya's format into the pipeline at `scale`, replacing any other.
 
-    Without `in_uncond`, guidance uses the base model's prediction for the empty prompt. Raises `UserError`.
+    Without `in_uncond`, guidance uses the base model's prediction for the empty prompt. Raises `UserError`
+    unless all of the file is applied.
     """
     file = lora_file(path)
     read_metadata(file)
+    check_kind(file)
     unload_lora(pipeline)
     try:
         pipeline.load_lora_weights(
             file.parent, weight_name=file.name, adapter_name="default", local_files_only=True
         )
+        check_applied(file, (pipeline.unet, pipeline.text_encoder))
         pipeline.set_adapters("default", scale)
-        make_lean(pipeline.unet)
-        if not in_uncond:
-            pipeline.unet.forward = partial(_without_lora_in_uncond, pipeline, pipeline.unet.forward)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (UserError, torch.OutOfMemoryError):
+        unload_lora(pipeline)
+        raise
+    except Exception as error:  # of diffusers, peft and torch, of many kinds
+        unload_lora(pipeline)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{file} does not fit this model; it was trained for another architecture ({reason})."
         ) from error
+    make_lean(pipeline.unet)
+    if not in_uncond:
+        pipeline.unet.forward = partial(_without_lora_in_uncond, pipeline, pipeline.unet.forward)
 
 
 def unload_lora(pipeline: StableDiffusionPipeline) -> None:

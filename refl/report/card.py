@@ -9,6 +9,7 @@ Everything is read from the output folder; sections without data are left out. T
 import hashlib
 import io
 import json
+import logging
 import math
 import re
 import sys
@@ -160,6 +161,15 @@ def _read_json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _is_fault(record: logging.LogRecord) -> bool:
+    """Whether a message of TensorBoard's says more than that the points are purged that a resumed run wrote
+    after its checkpoint, as they should be."""
+    return "out of order event.step" not in record.getMessage()
+
+
+logging.getLogger("tensorboard").addFilter(_is_fault)
 
 
 def _read_events(folder: Path) -> tuple[dict[str, list], list]:

@@ -20,13 +20,19 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, histogram, hparams, image, scalar
 from tqdm import tqdm
 
-# TensorBoard's tab "custom scalars": what to look at first. Tags are regular expressions.
+# TensorBoard's tab "custom scalars": what to look at first. Tags are regular expressions, except those of a
+# "Margin", a curve and its band. TensorBoard does not smooth these curves, and smoothing hides the course of
+# the few points of a validation: theirs are margins with an empty band. Margins come last, in reverse order.
 LAYOUT = {
     "Does it get better?": {
+        "saturated colours, on validation prompts": ["Margin", ["validation/saturated"] * 3],
+        "diversity, on validation prompts": ["Margin", ["validation/diversity"] * 3],
         "reward, in training": ["Margin", ["reward/mean", "reward/min", "reward/max"]],
-        "reward, on validation prompts": ["Multiline", ["^validation/reward$"]],
-        "each reward, also those held out": ["Multiline", [r"^validation/(?!reward$|diversity$|saturated$)"]],
-        "diversity, saturated colours": ["Multiline", ["^validation/(diversity|saturated)$"]],
+        "reward, on validation prompts": ["Margin", ["validation/reward"] * 3],
+        "each reward, on validation prompts; smoothing: 0": [
+            "Multiline",
+            [r"^validation/(?!reward$|diversity$|saturated$)"],
+        ],
     },
     "Is it healthy?": {
         "loss": ["Multiline", ["^loss$"]],
@@ -42,6 +48,18 @@ LAYOUT = {
 }
 _POSITIVE = 1e-12 * 1.1 ** np.arange(774)  # up to 1e20
 BINS = [*-_POSITIVE[::-1], 0.0, *_POSITIVE]  # of histograms, those of torch's SummaryWriter
+
+
+def layout(options: dict[str, str | int | float | bool | None]) -> dict[str, dict[str, list]]:
+    """`LAYOUT` without the charts of what a run with these options does not measure."""
+    absent = {"diversity"} if options.get("validation_images_per_prompt") == 1 else set()
+    absent |= {"validation"} if options.get("validation_steps") == 0 else set()
+    return {
+        category: {
+            title: chart for title, chart in charts.items() if not any(word in title for word in absent)
+        }
+        for category, charts in LAYOUT.items()
+    }
 
 
 class Log:
@@ -68,7 +86,7 @@ class Log:
     def options(self, options: dict[str, str | int | float | bool | None]) -> None:
         """Add the options to the run's HParams tab, and the layout of the curves."""
         values = {name: str(value) if value is None else value for name, value in options.items()}
-        for summary in (*hparams(values, {}), custom_scalars(LAYOUT)):
+        for summary in (*hparams(values, {}), custom_scalars(layout(options))):
             self._add(summary=summary)
 
     def scalars(self, scalars: dict[str, float], step: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from refl.report.results import base_at, best_comparisons, other_comparisons
+from refl.report.results import DIVERSITY, SATURATED, base_at, best_comparisons, other_comparisons
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
@@ -91,6 +91,19 @@ def outcomes(against: dict) -> str:
     return " / ".join(f"{count / sum(counts):.0%}" for count in counts)
 
 
+def significance(against: dict, measure: str) -> str:
+    """ "better" or "worse" for a difference whose interval excludes 0; "" for others.
+
+    What is not a reward can only be worse, as for --early_stop: less diversity, more saturation.
+    """
+    is_reward = "win" in against
+    rises, falls = against["low"] > 0, against["high"] < 0
+    if rises and is_reward:
+        return "better"
+    is_worse = rises if measure == SATURATED else falls and (is_reward or measure == DIVERSITY)
+    return "worse" if is_worse else ""
+
+
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -111,6 +124,7 @@ def render(evaluation: dict, shown: int, differences: np.ndarray, pairs: dict[st
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters |= {"interval": interval, "outcomes": outcomes, "data_uri": data_uri}
+    templates.filters |= {"significance": significance}
     return templates.get_template("report.html.jinja").render(
         evaluation=evaluation,
         loras=[

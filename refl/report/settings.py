@@ -2,7 +2,11 @@
 settings never mix."""
 
 import json
+import os
+import shlex
+import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from refl.model.folder import resolution_of
@@ -68,3 +72,12 @@ def merge(folder: Path, settings: dict) -> dict:
             f"{folder} holds another evaluation: {'; '.join(changes)}. Choose another --output_dir."
         )
     return settings | {"prompts": max(settings["prompts"], previous["prompts"], key=len)}
+
+
+def occasion() -> dict[str, str]:
+    """Date and command of this process, for its report; the command repeats it from the same folder."""
+    path = os.environ.get("PYTHONPATH")  # where the modules of rewards may be
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join([*([f"PYTHONPATH={path}"] if path else []), "python", *sys.argv]),
+    }

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 CAPTION_SIZE = 14  # pixels
-MAX_IMAGES = 32  # shown of a validation
+MAX_IMAGES = 16  # shown of a validation
+# TensorBoard shows a sheet 350 pixels wide: of two columns, captions of this size can be read there.
+SHEET_COLUMNS, SHEET_CAPTION_SIZE = 2, 18
 
 
 def grid(
@@ -14,15 +16,16 @@ def grid(
     captions: Sequence[Sequence[str]],
     cell: int = 256,
     header: str = "",
+    caption_size: int = CAPTION_SIZE,
 ) -> Image.Image:
     """Arrange images, scaled to fit `cell` pixels and captioned below, one row for each sequence."""
-    font = ImageFont.load_default(CAPTION_SIZE)
-    per_line = max(8, int(cell / (CAPTION_SIZE * 0.52)))
+    font = ImageFont.load_default(caption_size)
+    per_line = max(8, int(cell / (caption_size * 0.52)))
     lines = [
         [[line for part in text.split("\n") for line in textwrap.wrap(part, per_line)] for text in row]
         for row in captions
     ]
-    line_height = int(CAPTION_SIZE * 1.3)
+    line_height = int(caption_size * 1.3)
     heights = [cell + line_height * max(len(text) for text in row) + 12 for row in lines]
     top = line_height * len(header.splitlines()) + 12 if header else 0
     gap = 8
@@ -42,12 +45,15 @@ def grid(
     return sheet
 
 
-def sheet(
-    images: Sequence[Image.Image], captions: Sequence[str], header: str, per_row: int = 4
-) -> Image.Image:
-    """Arrange one sequence of images in a `grid`, `per_row` in each row."""
-    rows = [slice(start, start + per_row) for start in range(0, len(images), per_row)]
-    return grid([images[row] for row in rows], [captions[row] for row in rows], header=header)
+def sheet(images: Sequence[Image.Image], captions: Sequence[str], header: str) -> Image.Image:
+    """Arrange one sequence of images in a `grid` that can be read in TensorBoard."""
+    rows = [slice(start, start + SHEET_COLUMNS) for start in range(0, len(images), SHEET_COLUMNS)]
+    return grid(
+        [images[row] for row in rows],
+        [captions[row] for row in rows],
+        header=header,
+        caption_size=SHEET_CAPTION_SIZE,
+    )
 
 
 def pairs(

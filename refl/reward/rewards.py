@@ -25,6 +25,7 @@ from typing import Any
 
 from refl.reward import imagereward
 from refl.reward.contract import Reward, RewardSpec
+from refl.reward.plugins import users_code
 from refl.system.errors import UserError, is_first_process
 from refl.system.files import require
 from refl.system.images import to_tensor
@@ -37,18 +38,22 @@ REWARDS: dict[str, RewardSpec] = {"imagereward": imagereward.SPEC}
 
 
 class WeightedRewards:
-    """Several rewards at once. `rewards` and `weights` by name."""
+    """Several rewards at once: by name the rewards, their weights and, for messages, the options."""
 
-    def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]):
-        self.rewards, self.weights = rewards, weights
+    def __init__(
+        self, rewards: dict[str, Reward], weights: dict[str, float], options: dict[str, str] | None = None
+    ):
+        self.rewards, self.weights, self.options = rewards, weights, options or {}
         self.validated = set()  # names of the rewards whose first gradient was valid
         self.finite = set()  # names of those whose first scores without gradient were finite
+        self.unit_length = set()  # names of those whose first features had length 1
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """The scores of each reward, (K, B) float32 at least, not weighted.
 
-        Raises `UserError` for scores of the wrong shape. Values are checked until the first valid gradient,
-        and once for scores without gradient: scores and gradients must be finite, and a gradient must exist.
+        Raises `UserError` for scores of the wrong shape or type, and for any error of a reward of the user's.
+        Values are checked until the first valid gradient, and once for scores without gradient: scores and
+        gradients must be finite, and a gradient must exist.
         """
         return torch.stack([self._scores(name, images, prompts) for name in self.rewards])
 
@@ -58,7 +63,10 @@ class WeightedRewards:
         scores = []
         for name, reward in self.rewards.items():
             if hasattr(reward, "score"):
-                scores.append(torch.tensor(reward.score(prompt, images, len(images))))
+                with users_code(self._label(name)):
+                    own = torch.as_tensor(reward.score(prompt, images, len(images)))
+                self._check_scores(name, own, len(images))
+                scores.append(own.cpu().float())
                 continue
             tensors = (to_tensor(image.convert("RGB"))[None].to(device) for image in images)
             scores.append(torch.cat([self._scores(name, tensor, [prompt]) for tensor in tensors]).cpu())
@@ -74,10 +82,25 @@ class WeightedRewards:
 
     def features(self, images: Tensor) -> Tensor | None:
         """Features (B, width) of length 1 from the first reward that computes them; None if none does."""
-        for reward in self.rewards.values():
-            if hasattr(reward, "features"):
-                return reward.features(images)
+        for name, reward in self.rewards.items():
+            if callable(getattr(type(reward), "features", None)):  # a method, not a layer of that name
+                with users_code(self._label(name)):
+                    features = reward.features(images)
+                self._check_features(name, features, len(images))
+                return features
         return None
+
+    def _label(self, name: str) -> str:
+        """A reward in messages, with the option that names it."""
+        return f"the reward {name} of {self.options[name]}" if name in self.options else f"the reward {name}"
+
+    def and_held_out(self, others: "WeightedRewards") -> "WeightedRewards":
+        """These and others, which have weight 0."""
+        return WeightedRewards(
+            self.rewards | others.rewards,
+            self.weights | dict.fromkeys(others.rewards, 0.0),
+            self.options | others.options,
+        )
 
     def means(self, scores: Tensor) -> dict[str, float]:
         """The mean score of each reward by name, from scores (K, N)."""
@@ -85,20 +108,14 @@ class WeightedRewards:
 
     def _scores(self, name: str, images: Tensor, prompts: list[str]) -> Tensor:  # (B,)
         version = images._version
-        scores = self.rewards[name](images, prompts)
+        with users_code(self._label(name)):
+            scores = self.rewards[name](images, prompts)
         if images._version != version:
             raise UserError(
-                f"the reward {name} changes the images in place, but other rewards read them too; let it "
+                f"{self._label(name)} changes the images in place, but other rewards read them too; let it "
                 "work on a copy (x = x - mean instead of x -= mean)."
             )
-        if not torch.is_tensor(scores) or scores.shape != (len(prompts),):
-            got = (
-                f"a tensor {tuple(scores.shape)}" if torch.is_tensor(scores) else f"a {type(scores).__name__}"
-            )
-            raise UserError(
-                f"the reward {name} returned {got} for {len(prompts)} images; it must return a tensor "
-                f"({len(prompts)},), one score for each."
-            )
+        self._check_scores(name, scores, len(prompts))
         if images.requires_grad and name not in self.validated:
             self._check_finite(name, scores)
             self._check_gradient(name, images, scores)
@@ -106,12 +123,40 @@ class WeightedRewards:
         elif not images.requires_grad and name not in self.finite:
             self._check_finite(name, scores)
             self.finite.add(name)
-        return scores.to(images.device, torch.promote_types(scores.dtype, torch.float32))
+        return scores.to(images.device, torch.promote_types(images.dtype, torch.float32))
+
+    def _check_scores(self, name: str, scores: Any, count: int) -> None:
+        """Raise `UserError` for scores that are not a tensor (count,) of real numbers."""
+        if not torch.is_tensor(scores) or scores.shape != (count,):
+            got = (
+                f"a tensor {tuple(scores.shape)}" if torch.is_tensor(scores) else f"a {type(scores).__name__}"
+            )
+            raise UserError(
+                f"{self._label(name)} returned {got} for {count} images; it must return a tensor ({count},), "
+                "one score for each."
+            )
+        if scores.is_complex():
+            raise UserError(f"{self._label(name)} returned {scores.dtype}; scores must be real numbers.")
+
+    def _check_features(self, name: str, features: Any, count: int) -> None:
+        """Raise `UserError` for features that are not (count, width) of length 1. Waits once for the
+        device."""
+        if not (torch.is_tensor(features) and features.ndim == 2 and len(features) == count):
+            got = getattr(features, "shape", type(features).__name__)
+            raise UserError(f"{self._label(name)}: features() returned {got}; expected ({count}, width).")
+        if name not in self.unit_length:
+            lengths = features.float().norm(dim=1)
+            if not torch.allclose(lengths, torch.ones_like(lengths), atol=0.02):
+                raise UserError(
+                    f"{self._label(name)}: features() returned vectors of length {lengths.tolist()}; divide "
+                    "them by it."
+                )
+            self.unit_length.add(name)
 
     def _check_finite(self, name: str, scores: Tensor) -> None:
         """Raise `UserError` for scores that are not finite. Waits for the device."""
         if not scores.isfinite().all():
-            raise UserError(f"the reward {name} returned {scores.tolist()}; scores must be finite numbers.")
+            raise UserError(f"{self._label(name)} returned {scores.tolist()}; scores must be finite numbers.")
 
     def _check_gradient(self, name: str, images: Tensor, scores: Tensor) -> None:
         """Raise `UserError` for a gradient that is missing or not finite. Waits for the device."""
@@ -120,16 +165,16 @@ class WeightedRewards:
             (gradient,) = torch.autograd.grad(scores.sum(), images, retain_graph=True, allow_unused=True)
         if gradient is None:
             raise UserError(
-                f"the reward {name} gives no gradient: compute its scores from the images by torch's "
+                f"{self._label(name)} gives no gradient: compute its scores from the images by torch's "
                 "differentiable functions only, without detach(), item(), numpy or torch.no_grad()."
             )
         if not gradient.isfinite().all():
             raise UserError(
-                f"the reward {name} has a gradient that is not finite, for scores {scores.tolist()}."
+                f"{self._label(name)} has a gradient that is not finite, for scores {scores.tolist()}."
             )
         if not gradient.any() and is_first_process():
             logging.getLogger(__name__).warning(
-                f"the reward {name} has a gradient of zero for the first images; if that continues, it "
+                f"{self._label(name)} has a gradient of zero for the first images; if that continues, it "
                 "teaches nothing (round() and argmax() have no gradient)"
             )
 
@@ -210,6 +255,7 @@ def load(
     return WeightedRewards(
         {name: spec.load(Path(folder), device, dtype) for name, (_, spec) in parsed.items()},
         {name: weight for name, (weight, _) in parsed.items()},
+        dict.fromkeys(parsed, option),
     )
 
 
@@ -218,32 +264,47 @@ def _own_spec(source: str, option: str) -> RewardSpec:
     module, _, function = source.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    label = f"{option} {source}"
     try:
-        found: Any = importlib.import_module(module)
+        with users_code(label, passed=ModuleNotFoundError):
+            found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         where = f"looked for in {os.getcwd()} and among what is installed"
         reason = where if f"{module}.".startswith(f"{error.name}.") else f"{module} imports it"
-        raise UserError(f"{option} {source}: there is no module {error.name} ({reason}).") from error
+        raise UserError(f"{label}: there is no module {error.name} ({reason}).") from error
     file = getattr(found, "__file__", None) or module
     try:
         for part in function.split("."):
             found = getattr(found, part)
     except AttributeError as error:
-        raise UserError(f"{option} {source}: there is no {function} in {file}.") from error
+        raise UserError(f"{label}: there is no {function} in {file}.") from error
+    _check_signature(label, found)
+
+    def load_own(folder: Path, device: torch.device, dtype: torch.dtype) -> Reward:
+        with users_code(label):
+            reward = found() if isinstance(found, type) else found
+            return reward.to(device).requires_grad_(False).eval() if isinstance(reward, nn.Module) else reward
+
+    return RewardSpec(load_own)
+
+
+def _check_signature(label: str, found: Any) -> None:
+    """Raise `UserError` unless `found` can be called with images and prompts, or is a class of such."""
     if not callable(found):
-        raise UserError(
-            f"{option} {source}: a {type(found).__name__} is not a function of (images, prompts)."
-        )
+        raise UserError(f"{label}: a {type(found).__name__} is not a function of (images, prompts).")
+    arguments = [None, None]
     if isinstance(found, type):
         try:
             inspect.signature(found).bind()
         except TypeError as error:
-            raise UserError(f"{option} {source}: the class must take no arguments ({error}).") from error
+            raise UserError(f"{label}: the class must take no arguments ({error}).") from error
         if not any("__call__" in vars(base) for base in found.__mro__):
-            raise UserError(f"{option} {source}: the class has no __call__(images, prompts).")
-
-    def load_own(folder: Path, device: torch.device, dtype: torch.dtype) -> Reward:
-        reward = found() if isinstance(found, type) else found
-        return reward.to(device).requires_grad_(False).eval() if isinstance(reward, nn.Module) else reward
-
-    return RewardSpec(load_own)
+            raise UserError(f"{label}: the class has no __call__(images, prompts).")
+        found = found.forward if issubclass(found, nn.Module) else found.__call__
+        arguments = [None, *arguments]
+    try:
+        inspect.signature(found).bind(*arguments)
+    except TypeError as error:
+        raise UserError(f"{label}: it must take (images, prompts): {error}.") from error
+    except ValueError:  # written in C
+        return

@@ -1,11 +1,12 @@
 """Score image files for a prompt: python -m refl score "a red fox" *.png"""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from refl.reward import rewards
-from refl.system import devices
+from refl.system import devices, streams
 from refl.system.errors import UserError
 from refl.system.images import read_image
 
@@ -64,5 +65,8 @@ def main() -> None:
     print("rank   score  image")
     for rank, (score, path) in enumerate(sorted(scored, key=lambda pair: -pair[0]), 1):
         print(f"{rank:4}  {score:+.3f}  {path}")
+    sys.stdout.flush()
+    if "stdout" in streams.lost:  # here it is the result
+        raise UserError(f"standard output could not be written: {streams.lost['stdout']}.")
     if unreadable:
         raise UserError(" ".join(unreadable))

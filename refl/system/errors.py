@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from refl.system.streams import restore_interrupt, warn_of_loss
+
 
 class UserError(ValueError):
     """An error of the user. Its message says what is wrong, where, and what to do."""
@@ -15,8 +17,10 @@ def run_as_command(main: Callable[[], None], memory_advice: Callable[[], str] = 
 
     Does the same when GPU memory runs out; `memory_advice()` says what to change.
     """
+    restore_interrupt()
     try:
         main()
+        warn_of_loss()
     except UserError as error:
         _exit(f"error: {error}", 2)
     except KeyboardInterrupt:

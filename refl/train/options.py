@@ -50,8 +50,8 @@ class Options(Files):
     """Prompts that are not trained on. Every validation uses the first --num_validation_images of them."""
     output_dir: str = "checkpoint/refl_lora"
     """Folder for the LoRA, the options, the checkpoints and the logs."""
-    also_kohya: bool = False
-    """Also write the LoRA in kohya's format, for A1111 and ComfyUI, to kohya_lora.safetensors."""
+    also_kohya: bool = True
+    """Also write the LoRA in kohya's format, for ComfyUI, A1111 and Forge, to kohya_lora.safetensors."""
     resolution: int | None = None
     """Side of the images in pixels; None: the model's own (512 for SD-1.4)."""
 

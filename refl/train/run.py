@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from refl.model.lora import KOHYA_FILE, LORA_FILE, pack_lora, to_kohya, unpack_lora
+from refl.model.lora import KOHYA_FILE, LORA_FILE, export_lora, pack_lora, to_kohya, unpack_lora
 from refl.report import card, outputs
 from refl.report.log import Log
 from refl.system import checkpoints
@@ -313,10 +313,11 @@ class Run:
         card.write_if_possible(self.folder)
 
     def _lora_files(self, lora: bytes, folder: str = "") -> dict[str, bytes]:
-        """The LoRA's files by name, in kohya's format as well with --also_kohya."""
-        files = {f"{folder}{LORA_FILE}": lora}
+        """The LoRA's files for other programs, by name: diffusers' format and, with --also_kohya, kohya's."""
+        files = {f"{folder}{LORA_FILE}": export_lora(lora)}
         if self.options.also_kohya:
-            files[f"{folder}{KOHYA_FILE}"] = to_kohya(lora)
+            run = self.folder.absolute().name
+            files[f"{folder}{KOHYA_FILE}"] = to_kohya(files[f"{folder}{LORA_FILE}"], run)
         return files
 
     def _write(self, files: dict[str, bytes | str]) -> None:
