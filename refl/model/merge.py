@@ -13,10 +13,10 @@ from refl.model.folder import check_model, required_files
 from refl.model.pipeline import load_lora, load_pipeline
 from refl.system.errors import UserError
 from refl.system.files import check_output_folder, require
+from refl.system.weights import check_finite, open_safetensors
 
 import torch
 import tyro
-from safetensors import safe_open
 
 
 @dataclass
@@ -46,6 +46,7 @@ def merge(options: Options) -> Path:
     pipeline.fuse_lora(lora_scale=options.lora_scale)
     pipeline.unload_lora_weights()
     unet = pipeline.unet.to(dtype=_dtype(source / "unet"), memory_format=torch.contiguous_format)
+    check_finite(unet.state_dict(), "the merged UNet", "Try a lower --lora_scale.")
 
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -66,7 +67,7 @@ def _dtype(folder: Path) -> torch.dtype:
     """Precision of the weights in a folder; float32 if they are not safetensors."""
     whole, parts = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors"
     for file in (*folder.glob(whole), *folder.glob(parts)):
-        with safe_open(file, framework="pt") as tensors:
+        with open_safetensors(file) as tensors:
             return tensors.get_tensor(next(iter(tensors.keys()))).dtype
     return torch.float32
 

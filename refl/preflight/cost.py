@@ -161,7 +161,7 @@ def of_run(options: Any, parts: Parts) -> tuple[float, float]:
 
 
 def _schedule(options: Any) -> NoiseSchedule:
-    config = read_config(options.pretrained_model_name_or_path, "scheduler", "scheduler_config.json")
+    config = read_config(options.pretrained_model_name_or_path, "scheduler")
     return NoiseSchedule(config, options.num_inference_steps)
 
 

@@ -32,6 +32,7 @@ from refl.system import devices
 from refl.system.errors import UserError, is_first_process
 from refl.system.files import check_output_folder, require
 from refl.system.prompts import read_prompts
+from refl.system.reading import exists
 from refl.train.options import Options as TrainingOptions
 from refl.train.options import check_values, describe, expand, read_options
 
@@ -106,7 +107,7 @@ def check_model_files(options: Any) -> str:
     folder = options.pretrained_model_name_or_path
     check_model(folder, options.num_inference_steps)
     files = [Path(folder) / part / names[0] for part, names in WEIGHT_FILES.items()]
-    num_weights = sum(count_weights(file) for file in files if file.exists())
+    num_weights = sum(count_weights(file) for file in files if exists(file))
     size = resolution_of(folder, options.resolution)
     if options.decode_resolution:
         check_decode_resolution(folder, size, options.decode_resolution)
@@ -117,7 +118,7 @@ def check_model_files(options: Any) -> str:
 
 def check_scheduler(options: Any) -> str:
     """Report `clip_sample`: DDPM must not clip latents, which are not in [-1, 1]."""
-    config = read_config(options.pretrained_model_name_or_path, "scheduler", "scheduler_config.json")
+    config = read_config(options.pretrained_model_name_or_path, "scheduler")
     clip_sample = config.get("clip_sample", "not set, which diffusers reads as True for DDPM")
     return f"clip_sample in the file: {clip_sample}; training uses False"
 

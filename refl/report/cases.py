@@ -11,6 +11,7 @@ from pathlib import Path
 
 from refl.model.lora import LORA_FILE, lora_file, read_metadata
 from refl.system.errors import UserError, is_first_process
+from refl.system.images import read_image
 
 import numpy as np
 from PIL import Image
@@ -50,12 +51,9 @@ class Sample:
     def read(self) -> Image.Image:
         """Read the image; raises `UserError` if the file is damaged."""
         try:
-            with Image.open(self.file) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise UserError(
-                f"{self.file} cannot be read ({error}). Delete it; the same command generates it again."
-            ) from error
+            return read_image(self.file).convert("RGB")
+        except UserError as error:
+            raise UserError(f"{error} Delete it; the same command generates it again.") from error
 
 
 def find_loras(paths: Sequence[str]) -> list[Lora]:

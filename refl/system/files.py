@@ -1,14 +1,13 @@
 """Write files atomically, fingerprint them, and check folders and files before a run."""
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from refl.system.errors import UserError
+from refl.system.reading import exists
 
 SAMPLES, SAMPLE_SIZE = 64, 4096  # number of samples of a file, and bytes of each
 
@@ -28,14 +27,6 @@ def write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raises `UserError`."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -67,7 +58,7 @@ def require(files: dict[Path, str]) -> None:
     missing = [
         f"  {path}  (on the Hugging Face Hub: {source})"
         for path, source in files.items()
-        if not path.exists()
+        if not exists(path)
     ]
     if missing:
         raise UserError("weights are missing:\n" + "\n".join(missing) + "\nSee checkpoint/README.md.")
