@@ -14,8 +14,7 @@ from refl.model.folder import required_files
 from refl.system.errors import run_as_command
 from refl.system.files import require
 from refl.system.images import ImageWriter
-
-import tyro
+from refl.system.options import read as read_options
 
 
 @dataclass
@@ -28,7 +27,7 @@ class Options(drawing.DrawingOptions):
 
 def main() -> None:
     """Read the options, load the pipeline, generate the images."""
-    options = tyro.cli(Options, use_underscores=True)
+    options = read_options(Options)
     require(required_files(options.pretrained_model_name_or_path))
     prompts = drawing.check(options)
     pipeline = drawing.pipeline(options)

@@ -121,7 +121,7 @@ def test_which_file_wins(files):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "own.json cannot be read"),
+        ("{", "own.json, line 1: not valid JSON"),
         ("[1]", "own.json cannot be read"),
         ({"rank": "many"}, "own.json: --rank=many is not an option or not a value"),
         ({"seed": 1, "ranks": 3}, "own.json: --ranks=3 is not an option or not a value"),

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from refl.system.errors import UserError
-from refl.system.reading import Count, Natural, Positive, check_file, check_types, exists, is_folder, parse_json
+from refl.system.options import MAX_FLOAT
+from refl.system.reading import (
+    Count,
+    Natural,
+    Positive,
+    check_file,
+    check_types,
+    exists,
+    is_folder,
+    parse_json,
+)
 from refl.system.weights import check_finite, open_safetensors, read_safetensors
 
 import torch
@@ -25,12 +35,13 @@ ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # self and cross attent
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name by which diffusers finds it in a folder
 KOHYA_FILE = "kohya_lora.safetensors"
 METADATA_KEY = "refl"  # our entry of the file's metadata, JSON
+_Scale = Annotated[float, Field(ge=-MAX_FLOAT, le=MAX_FLOAT)]
 # Types of that entry's values.
 METADATA = {
     "base_model": str,
-    "draw_guidance_scale": float,
+    "draw_guidance_scale": _Scale,
     "guidance_in": str,
-    "guidance_scale": float,
+    "guidance_scale": _Scale,
     "lora_alpha": Positive,
     "lora_in_uncond": bool,
     "num_inference_steps": Count,
@@ -51,9 +62,9 @@ ADAPTER_TYPES = {
     "target_modules": _Layer | list[_Layer] | None,
 }
 MATRICES = {  # parts of the names of the two matrices of a layer
-    ".lora.down.": ".lora.up.", ".lora.up.": ".lora.down.",
-    ".lora_A.": ".lora_B.", ".lora_B.": ".lora_A.",
-    ".lora_down.": ".lora_up.", ".lora_up.": ".lora_down.",
+    "lora.down.": "lora.up.", "lora.up.": "lora.down.",
+    "lora_A.": "lora_B.", "lora_B.": "lora_A.",
+    "lora_down.": "lora_up.", "lora_up.": "lora_down.",
 }  # fmt: skip
 
 
@@ -162,9 +173,13 @@ def check_lora_file(file: Path) -> None:
     """Raise `UserError` unless `file` is a LoRA in safetensors: pairs of matrices of finite numbers, and
     metadata that diffusers and peft understand."""
     if file.suffix != ".safetensors":
-        raise UserError(f"{file}: a LoRA is read from a file called *.safetensors, the only format supported.")
+        raise UserError(
+            f"{file}: a LoRA is read from a file called *.safetensors, the only format supported."
+        )
     weights, about = read_safetensors(file)
     advice = "Get this LoRA again from its source, or train it again."
+    if not weights:
+        raise UserError(f"{file} is empty. {advice}")
     check_finite(weights, file, advice)
     for name, value in weights.items():
         for one, other in MATRICES.items():

@@ -13,10 +13,10 @@ from refl.model.folder import check_model, required_files
 from refl.model.pipeline import load_lora, load_pipeline
 from refl.system.errors import UserError
 from refl.system.files import check_output_folder, require
+from refl.system.options import read as read_options
 from refl.system.weights import check_finite, open_safetensors
 
 import torch
-import tyro
 
 
 @dataclass
@@ -74,5 +74,5 @@ def _dtype(folder: Path) -> torch.dtype:
 
 def main() -> None:
     """Merge by the options of the command line."""
-    options = tyro.cli(Options, prog="python -m refl merge", use_underscores=True)
+    options = read_options(Options, prog="python -m refl merge")
     print(f"{options.lora_path} x {options.lora_scale:g} merged into {merge(options)}")

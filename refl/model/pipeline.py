@@ -52,7 +52,9 @@ def load_lora(
         make_lean(pipeline.unet)
         if not in_uncond:
             pipeline.unet.forward = partial(_without_lora_in_uncond, pipeline, pipeline.unet.forward)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of two libraries, of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{file} does not fit this model; it was trained for another architecture ({reason})."

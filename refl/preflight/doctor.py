@@ -31,10 +31,11 @@ from refl.model.folder import (
 from refl.system import devices
 from refl.system.errors import UserError, is_first_process
 from refl.system.files import check_output_folder, require
+from refl.system.options import check_numbers
 from refl.system.prompts import read_prompts
 from refl.system.reading import exists
 from refl.train.options import Options as TrainingOptions
-from refl.train.options import check_values, describe, expand, read_options
+from refl.train.options import check_values, describe, expand, naming_file, read_options
 
 import torch
 
@@ -55,6 +56,7 @@ class Options(TrainingOptions):
 
 def check_options(options: TrainingOptions) -> str:
     """Check the values of the options."""
+    check_numbers(options)
     check_values(options)
     images = options.train_batch_size * options.gradient_accumulation_steps
     guidance = f"guidance {options.guidance_scale:g}"
@@ -291,7 +293,8 @@ def check(options: Any, is_training: bool) -> None:
         if name in ("prompts", "memory", "cost") or (name == "devices" and is_training):
             continue
         try:
-            function(options)
+            with naming_file(options):
+                function(options)
         except CheckWarning as warning:
             if not is_training and name != "devices":  # training reports its device
                 print(f"warning: {warning}", file=sys.stderr)
@@ -310,7 +313,8 @@ def main() -> None:
     failed = False
     for name, function in CHECKS.items():
         try:
-            status, text = "pass", function(options)
+            with naming_file(options):
+                status, text = "pass", function(options)
         except CheckWarning as warning:
             status, text = "warn", str(warning)
         except UserError as error:

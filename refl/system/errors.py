@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from refl.system.text import printable
+
 
 class UserError(ValueError):
     """An error of the user. Its message says what is wrong, where, and what to do."""
@@ -38,5 +40,5 @@ def _exit(message: str, code: int) -> None:
     # error of another process alone is reported after a delay.
     if not is_first_process():
         time.sleep(30)  # on a busy machine the first one may be that far behind
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
     sys.exit(code)

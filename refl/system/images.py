@@ -32,7 +32,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def read_image(path: str | PathLike) -> Image.Image:
-    """Read an image file; raises `UserError` for one that is missing, damaged, too large or something else."""
+    """Read an image file; raises `UserError` for one that is missing, damaged, too large or another kind."""
     check_file(path)
     try:
         with Image.open(path) as image:

@@ -82,12 +82,7 @@ def _read_csv(path: Path, delimiters: str = ",;\t") -> list[str]:
             f"{', '.join(headers[widest])}. Name the column, or save the prompts alone as .txt."
         )
     delimiter = max(named or delimiters[0], key=lambda delimiter: len(headers[delimiter]))
-    try:
-        rows = _rows(content, delimiter)
-    except csv.Error as error:
-        if delimiter != "\t":
-            raise UserError(f"{path}, {error}. A quoted value ends in a quote; quotes in it are doubled.") from error
-        rows = _rows(content, delimiter, csv.QUOTE_NONE)  # as in PartiPrompts.tsv: a tab never is in a value
+    rows = _rows(path, content, delimiter)
     column, width = _column(headers[delimiter]) or 0, len(headers[delimiter])
     for line, row in rows:
         if len(row) <= column:
@@ -108,13 +103,23 @@ def _header(content: str, delimiter: str) -> list[str]:
         return []
 
 
-def _rows(content: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> list[tuple[int, list[str]]]:
-    """The rows that are not empty, each with the number of its last line. Raises `csv.Error`."""
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    try:
-        return [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise csv.Error(f"line {reader.line_num}: not valid CSV ({error})") from error
+def _rows(path: Path, content: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """The rows that are not empty, each with the number of its last line. Raises `UserError`.
+
+    Quotes enclose values, unless the values are separated by tabs and the quotes do not pair: some of these
+    files, such as PartiPrompts.tsv, enclose nothing.
+    """
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE) if delimiter == "\t" else (csv.QUOTE_MINIMAL,):
+        lines = io.StringIO(content, newline="")
+        reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+        try:
+            return [(reader.line_num, row) for row in reader if row]
+        except csv.Error as error:
+            problem = UserError(
+                f"{path}, line {reader.line_num}: not valid CSV ({error}). A quoted value ends in a quote; "
+                "quotes in it are doubled."
+            )
+    raise problem
 
 
 def _column(names: Sequence[str]) -> int | None:

@@ -59,8 +59,7 @@ def check_file(path: str | Path, max_size: int | None = None) -> Path:
         raise UserError(f"{path} cannot be read: it is a {kind}, not a file.")
     if max_size is not None and status.st_size > max_size:
         raise UserError(
-            f"{path} cannot be read: it has {status.st_size / 1e6:,.0f} MB, and at most {max_size / 1e6:,.0f} "
-            "are expected."
+            f"{path} cannot be read: it has {status.st_size / 1e6:,.0f} MB, more than {max_size / 1e6:,.0f}."
         )
     return Path(path)
 
@@ -96,7 +95,7 @@ def read_text(path: str | Path, max_size: int = MAX_TEXT) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
     if line is not None:
-        raise UserError(f"{path}, line {line}: not text in UTF-8. Save the file as UTF-8.")
+        raise UserError(f"{path}, line {line}: not UTF-8 text. Save the file as UTF-8.")
     return text
 
 
