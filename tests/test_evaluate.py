@@ -384,7 +384,7 @@ def test_what_is_there_is_not_drawn_again(options, world, tmp_path, monkeypatch,
 
     damaged = files[0]
     damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(UserError, match=f"{damaged.name} cannot be read .* Delete it"):
+    with pytest.raises(UserError, match=f"{damaged.name} cannot be read: .*Delete it"):
         run_in_process(evaluate, monkeypatch, *run)
 
 
@@ -512,7 +512,7 @@ MISTAKES = {
     "--sweep_lora_scale 1,x": "--sweep_lora_scale 1,x: expected numbers",
     "--sweep_lora_scale 0": "nothing to compare",
     "--lora_scale 0": "nothing to compare",
-    "--sweep_guidance nan": "must be finite",
+    "--sweep_guidance nan": "must be a finite number",
     "--held_out_reward imagereward": "imagereward is in --reward, so it is not held out",
     "--held_out_reward held_out:blue": "there is no blue",
     "--reward_path nowhere": "nowhere/ImageReward.pt",
