@@ -143,6 +143,7 @@ def data_uri(image: Image.Image) -> str:
 @plain_labels()
 def plot(draw: Callable[[Axes], None], title: str) -> Markup:
     """Render what `draw` puts on an axis as inline SVG in the page's colours and font."""
+    title = printable(title)
     figure = Figure(figsize=(5.6, 3.2), layout="constrained", facecolor="none")
     axis = figure.subplots()
     axis.set_facecolor("none")
