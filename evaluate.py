@@ -58,7 +58,7 @@ class Options(drawing.LoraOptions, drawing.ImageOptions):
     lora_paths: tuple[str, ...] = ("checkpoint/refl_lora",)
     """LoRAs for this model, files or folders; the report shows images of the first."""
     prompts: str = "data/held_out_prompts.txt"
-    """File of prompts that were not trained on: .txt, .json, .jsonl or .csv."""
+    """File of prompts that were not trained on: .txt, .json, .jsonl, .csv, .tsv or .parquet."""
     num_prompts: int | None = None
     """Number of prompts to use, from the first; None: all."""
     num_images_per_prompt: int = 4

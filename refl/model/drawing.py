@@ -60,7 +60,7 @@ class DrawingOptions(ImageOptions):
     prompt: tuple[str, ...] = ("a lighthouse on a cliff at sunset, oil painting",)
     """One or more prompts."""
     prompts_file: str | None = None
-    """Read the prompts from a .txt, .json, .jsonl or .csv file instead."""
+    """Read the prompts from a .txt, .json, .jsonl, .csv, .tsv or .parquet file instead."""
 
 
 @dataclass

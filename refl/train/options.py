@@ -47,7 +47,7 @@ class Options(Files):
     reward_path: str = "checkpoint"
     """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
     prompts: str = "data/train_prompts.txt"
-    """Training prompts: .txt, .json, .jsonl or .csv."""
+    """Training prompts: .txt, .json, .jsonl, .csv, .tsv or .parquet."""
     validation_prompts: str = "data/held_out_prompts.txt"
     """Prompts that are not trained on. Every validation uses the first --num_validation_images of them."""
     output_dir: str = "checkpoint/refl_lora"
