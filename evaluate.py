@@ -39,12 +39,12 @@ from refl.system.distributed import is_peer_lost, joining, process_group
 from refl.system.errors import UserError, run_as_command
 from refl.system.files import writing
 from refl.system.images import ImageWriter, to_png, to_tensor
+from refl.system.options import read as read_options
 from refl.system.ownership import OutputFolder, locks_released
 from refl.system.prompts import read_prompts
 
 import numpy as np
 import torch
-import tyro
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import StableDiffusionPipeline
@@ -62,7 +62,7 @@ class Options(drawing.LoraOptions, drawing.ImageOptions):
     lora_paths: tuple[str, ...] = ("checkpoint/refl_lora",)
     """LoRAs for this model, files or folders; the report shows images of the first."""
     prompts: str = "data/held_out_prompts.txt"
-    """File of prompts that were not trained on: .txt, .json, .jsonl or .csv."""
+    """File of prompts that were not trained on: .txt, .json, .jsonl, .csv, .tsv or .parquet."""
     num_prompts: int | None = None
     """Number of prompts to use, from the first; None: all."""
     num_images_per_prompt: int = 4
@@ -93,7 +93,7 @@ def main() -> None:
     started = time.perf_counter()
 
     # ---- options and cases
-    options = tyro.cli(Options, use_underscores=True)
+    options = read_options(Options)
     doctor.check_files(options)
     loras = find_loras(options.lora_paths)
     paths = [lora.path for lora in loras]
@@ -178,7 +178,9 @@ def check(options: Options) -> list[str]:
     if not options.tie_margin >= 0:
         raise UserError(f"--tie_margin {options.tie_margin}: must be 0 or more.")
     # A duplicate has the same images, so it would make the intervals too narrow.
-    return list(dict.fromkeys(read_prompts(options.prompts)))[: options.num_prompts]
+    prompts = list(dict.fromkeys(read_prompts(options.prompts)))[: options.num_prompts]
+    drawing.check_amount(len(prompts), options.num_images_per_prompt)
+    return prompts
 
 
 def check_settings(options: Options, prompts: Sequence[str], device: torch.device) -> dict:
@@ -299,7 +301,7 @@ def score(
             saturated = ((images == 0) | (images == 1)).float().mean((1, 2, 3))  # (B,)
             images = images.to(device)
             scores = scorers(images, [prompts[sample.prompt_index] for sample in batch])  # (K, B)
-            by_name = dict(zip(scorers.rewards, scores, strict=True)) | {REWARD: scorers.total(scores)}
+            by_name = dict(zip(scorers.rewards, scores, strict=True)) | {REWARD: scorers.finite_total(scores)}
             values.append(torch.stack([*(by_name[name].cpu() for name in names), saturated], dim=1).float())
             features.append(scorers.features(images))
             bar.update(len(batch))

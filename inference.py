@@ -19,9 +19,8 @@ from refl.report import outputs
 from refl.system.errors import run_as_command
 from refl.system.files import require
 from refl.system.images import ImageWriter
+from refl.system.options import read as read_options
 from refl.system.ownership import locks_released, take
-
-import tyro
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Options(drawing.DrawingOptions):
 @locks_released()
 def main() -> None:
     """Read the options, load the pipeline, generate the images."""
-    options = tyro.cli(Options, use_underscores=True)
+    options = read_options(Options)
     require(required_files(options.pretrained_model_name_or_path))
     prompts = drawing.check(options)
     number = len(prompts) * options.num_images_per_prompt

@@ -25,10 +25,11 @@ from refl.reward import rewards
 from refl.system.errors import UserError, run_as_command
 from refl.system.files import require, writing
 from refl.system.images import ImageWriter, to_png, to_tensor
+from refl.system.options import read as read_options
 from refl.system.ownership import OutputFolder, locks_released, take
+from refl.system.text import printable
 
 import torch
-import tyro
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
@@ -56,7 +57,7 @@ class Options(drawing.LoraOptions, drawing.DrawingOptions):
 def main() -> None:
     """Read the options, load the models, generate images with and without the LoRA, score and show them."""
     # ---- options
-    options = tyro.cli(Options, use_underscores=True)
+    options = read_options(Options)
     require(required_files(options.pretrained_model_name_or_path))
     rewards.parse(options.reward)  # raises for a wrong name
     metadata = read_metadata(options.lora_path)
@@ -64,7 +65,7 @@ def main() -> None:
     options = drawing.apply_trained_settings(options, [options.lora_path])
     trained_for = metadata.get("reward", options.reward)
     if trained_for != options.reward:  # not used instead: a file must not name code to run
-        print(f"note: this LoRA was trained for --reward {trained_for}")
+        print(f"note: this LoRA was trained for --reward {printable(trained_for)}")
     prompts = drawing.check(options)
     prompt_of_image = [prompt for prompt in prompts for _ in range(options.num_images_per_prompt)]
     output = take(options.output_dir, outputs.DRAWN)
@@ -77,7 +78,7 @@ def main() -> None:
     try:
         scorers = rewards.load(options.reward, options.reward_path, pipeline.device, torch.float32)
     except UserError as error:
-        print(f"no rewards shown: {error}")
+        print(f"no rewards shown: {printable(error)}")
 
     # ---- images: after, then before, without the LoRA
     sides = find_sides(guidance, options)
@@ -156,9 +157,11 @@ def score(
 ) -> Tensor | None:
     """Each reward's score of one image for its prompt, (K,); None, with a message, if a reward fails."""
     try:
-        return scorers(to_tensor(image)[None].to(device), [prompt])[:, 0].cpu()
+        scores = scorers(to_tensor(image)[None].to(device), [prompt])  # (K, 1)
+        scorers.finite_total(scores)
+        return scores[:, 0].cpu()
     except UserError as error:
-        print(f"no rewards shown: {error}")
+        print(f"no rewards shown: {printable(error)}")
         return None
 
 

@@ -4,15 +4,18 @@ import json
 import shutil
 
 import refl_lora
-from refl.model.folder import count_weights
-from refl.model.lora import LORA_FILE, read_metadata
+from refl.model.folder import check_model, count_weights, resolution_of
+from refl.model.lora import LORA_FILE, METADATA_KEY, add_lora, read_metadata
+from refl.model.pipeline import load_lora, load_pipeline
+from refl.reward import imagereward
 from refl.system import prompts
 from refl.system.errors import UserError
+from refl.system.weights import read_safetensors
 from refl.train.options import Options, read_options
 
 import pytest
 import torch
-from conftest import run_in_process, weight_options
+from conftest import run_in_process, save_lora, weight_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -64,11 +67,14 @@ FILES = {
         lambda f: [(f / "ImageReward.pt").unlink(), (f / "ImageReward.pt").mkdir()],
         "ImageReward.pt cannot be read",
     ),
-    "unet config cut": (cut(f"{MODEL}/unet/config.json", 30), "unet/config.json cannot be read"),
-    "unet config a list": (write(f"{MODEL}/unet/config.json", "[1]"), "config.json is not a configuration"),
+    "unet config cut": (cut(f"{MODEL}/unet/config.json", 30), "unet/config.json, line 2: not valid JSON"),
+    "unet config a list": (
+        write(f"{MODEL}/unet/config.json", "[1]"),
+        "config.json cannot be read: it is not a JSON object",
+    ),
     "unet config not text": (
         write(f"{MODEL}/unet/config.json", b"\xff\xfe\x00"),
-        "config.json cannot be read",
+        "config.json, line 1: not UTF-8 text",
     ),
     "unet of another text width": (
         change_json(f"{MODEL}/unet/config.json", cross_attention_dim=99),
@@ -80,7 +86,7 @@ FILES = {
     ),
     "unet with a word for a size": (
         change_json(f"{MODEL}/unet/config.json", sample_size="large"),
-        "not one of Stable Diffusion",
+        "sample_size should be a valid integer, and is 'large'",
     ),
     "unet with other blocks": (
         change_json(f"{MODEL}/unet/config.json", block_out_channels=[8, 16]),
@@ -124,7 +130,7 @@ FILES = {
         lambda f: torch.save([1], f / "ImageReward.pt"),
         "something other than a table of weights",
     ),
-    "med_config empty": (write("med_config.json", ""), "med_config.json cannot be read"),
+    "med_config empty": (write("med_config.json", ""), "med_config.json, line 1: not valid JSON"),
     "med_config of another model": (write("med_config.json", "{}"), "not those of an ImageReward model"),
     "bert without words": (
         lambda f: (f / "bert-base-uncased" / "vocab.txt").write_text(""),
@@ -149,7 +155,7 @@ def test_places_that_cannot_be_read_or_written(training_options, tmp_path, monke
     (tmp_path / "folder.txt").mkdir()
     for options, message in (
         (["--prompts", tmp_path / "loop"], "prompts are read from|cannot be read"),
-        (["--prompts", tmp_path / "folder.txt"], "folder.txt: the prompts file cannot be read"),
+        (["--prompts", tmp_path / "folder.txt"], "folder.txt cannot be read: it is a folder"),
         (["--output_dir", tmp_path / "loop" / "out"], "cannot be used for output|cannot be written"),
         (["--output_dir", "/proc/out"], "cannot be written"),
         (["--output_dir", "a\x00b"], "cannot be used for output|null"),
@@ -158,6 +164,181 @@ def test_places_that_cannot_be_read_or_written(training_options, tmp_path, monke
     ):
         with pytest.raises(UserError, match=message):
             run_in_process(refl_lora, monkeypatch, *training_options, *options)
+
+
+# File, entry, value, and what must be said.
+CONFIGURATIONS = [
+    (file, entry, value, message)
+    for file, entries in {
+        f"{MODEL}/scheduler/scheduler_config.json": {
+            "num_train_timesteps": ("many", None, 0, 10**9),
+            "beta_start": (None, "a", -1, float("nan"), 1e-12),
+            "beta_end": ([1], 7),
+            "beta_schedule": ("round", 3),
+            "prediction_type": (3, "x0"),
+            "trained_betas": ("a", [0.1, "b"], [2.0]),
+            "steps_offset": ("a",),
+            "clip_sample": ("yes",),
+            "timestep_spacing": ("wide",),
+        },
+        f"{MODEL}/vae/config.json": {
+            "scaling_factor": (None, 0, float("inf"), "a"),
+            "latent_channels": ("four",),
+            "block_out_channels": (8, ["a"], [], None),
+            "act_fn": (3, "nothing"),
+            "norm_num_groups": (0, 3),
+            "layers_per_block": (None,),
+        },
+        f"{MODEL}/unet/config.json": {
+            "norm_eps": ("a",),
+            "attention_head_dim": ("a", 0),
+            "act_fn": ("nothing",),
+            "down_block_types": ("a", ["a"], None),
+            "mid_block_scale_factor": ("a",),
+        },
+        f"{MODEL}/text_encoder/config.json": {
+            "hidden_act": ("nothing", 3),
+            "layer_norm_eps": ("a", None),
+            "num_attention_heads": (0, 3, "a"),
+            "max_position_embeddings": (0, "a", 20),
+            "vocab_size": ("a", 10),
+        },
+        f"{MODEL}/tokenizer/tokenizer_config.json": {
+            "model_max_length": (1, -1, 0, "a", None, 10**30),
+            "pad_token": (3,),
+        },
+        f"{MODEL}/model_index.json": {"_class_name": (3, ["a"], None, "FluxPipeline")},
+        "med_config.json": {
+            "score_mean": ("a", None, float("nan")),
+            "score_std": (0, "a", -1),
+            "num_attention_heads": (0, 5, "a"),
+            "hidden_act": ("nothing", 3),
+            "layer_norm_eps": ("a",),
+            "vision_image_size": ("a", 7, 10**9),
+        },
+    }.items()
+    for entry, values in entries.items()
+    for value in values
+    for message in [file.rpartition("/")[2].partition(".")[0]]
+]
+
+
+def load(folder, file):
+    """Load what a file of the checkpoint belongs to, the model or the reward, as training and drawing do."""
+    if not file.startswith(MODEL):
+        return imagereward.load(folder)
+    check_model(folder / MODEL, 4)
+    resolution_of(folder / MODEL, None)
+    return load_pipeline(folder / MODEL, "pndm", torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def copied(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copied") / "checkpoint"
+    shutil.copytree(tiny, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("file", "entry", "value", "message"), CONFIGURATIONS)
+def test_values_in_configurations(copied, file, entry, value, message):
+    before = (copied / file).read_bytes()
+    change_json(file, **{entry: value})(copied)
+    try:
+        with pytest.raises(UserError) as error:
+            load(copied, file)
+    finally:
+        (copied / file).write_bytes(before)
+    assert str(copied) in str(error.value) or message in str(error.value)
+
+
+@pytest.mark.parametrize("file", [*dict.fromkeys(file for file, *_ in CONFIGURATIONS)])
+def test_configurations_that_are_none(copied, file):
+    load(copied, file)
+    before = (copied / file).read_bytes()
+    for content in (b"[" * 100_000, b'{"a": "\\ud800"}', b"[1]", b"", b"\xff", b'{"a": 1\0}'):
+        (copied / file).write_bytes(content)
+        try:
+            if "tokenizer" in file and content.startswith(b'{"a": "'):  # which its library does not mind
+                continue
+            with pytest.raises(UserError, match=str(copied)):
+                load(copied, file)
+        finally:
+            (copied / file).write_bytes(before)
+
+
+# ------------------------------------------------------------------------------------------------------ LoRAs
+
+
+def adapter(**changes):
+    settings = {f"unet.{key}": value for key, value in ({"r": 2, "lora_alpha": 2} | changes).items()}
+    return {"lora_adapter_metadata": json.dumps(settings)}
+
+
+def refl(**changes):
+    return {METADATA_KEY: json.dumps(changes)}
+
+
+LORAS = {
+    "half of the keys": (lambda w: {k: v for k, v in w.items() if ".up." in k}, {}, "has no partner"),
+    "scalars": (lambda w: {k: torch.zeros(()) for k in w}, {}, "is not a matrix"),
+    "no keys": (lambda w: {}, {}, "is empty"),
+    "nan": (
+        lambda w: w | {next(iter(w)): torch.full_like(next(iter(w.values())), torch.nan)},
+        {},
+        "not finite",
+    ),
+    "infinite": (lambda w: w | {next(iter(w)): next(iter(w.values())) + torch.inf}, {}, "not finite"),
+    "a list for the adapter": (None, {"lora_adapter_metadata": "[1]"}, "it is not a JSON object"),
+    "an adapter too deep": (None, {"lora_adapter_metadata": "[" * 99_999}, "nested too deeply"),
+    "rank a word": (None, adapter(r="two"), "unet.r should be"),
+    "rank zero": (None, adapter(r=0), "unet.r should be"),
+    "alpha not finite": (None, adapter(lora_alpha=float("nan")), "unet.lora_alpha should be"),
+    "rank_pattern not a pattern": (None, adapter(rank_pattern={"(": 2}), "unet.rank_pattern"),
+    "rank_pattern for ever": (None, adapter(rank_pattern={"(a+)+$": 2}), "unet.rank_pattern"),
+    "rank_pattern a list": (None, adapter(rank_pattern=["a"]), "unet.rank_pattern"),
+    "target_modules a number": (None, adapter(target_modules=3), "unet.target_modules"),
+    "metadata a list": (None, {METADATA_KEY: "[1]"}, "metadata refl cannot be read: it is not a JSON object"),
+    "metadata too deep": (None, {METADATA_KEY: "[" * 99_999}, "nested too deeply"),
+    "step a word": (None, refl(step="many"), "step should be a valid integer, and is 'many'"),
+    "resolution a word": (None, refl(resolution="large"), "resolution should be"),
+    "steps not finite": (None, refl(num_inference_steps=float("inf")), "num_inference_steps should be"),
+    "sampler unknown": (None, refl(sampler="\x1b[2J"), "sampler should be"),
+    "lora_in_uncond a word": (None, refl(lora_in_uncond="yes"), "lora_in_uncond should be"),
+    "reward a list": (None, refl(reward=["a"]), "reward should be"),
+    "guidance not finite": (None, refl(guidance_scale=float("nan")), "guidance_scale should be"),
+}
+
+
+@pytest.fixture(scope="module")
+def lora(copied, tmp_path_factory):
+    """A pipeline, and the LoRA of a training for it."""
+    pipeline = load_pipeline(copied / MODEL, "pndm", torch.float32, "cpu")
+    unet = load_pipeline(copied / MODEL, "pndm", torch.float32, "cpu").unet
+    add_lora(unet, 2, 2, 0)
+    return pipeline, save_lora(unet, tmp_path_factory.mktemp("lora"), {"step": 3})
+
+
+def use(pipeline, file):
+    read_metadata(file)
+    load_lora(pipeline, file, 1.0)
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_loras_of_others(lora, tmp_path, name):
+    pipeline, file = lora
+    change, about, message = LORAS[name]
+    weights, original = read_safetensors(file)
+    save_file((change or dict)(weights), tmp_path / "other.safetensors", original | about)
+    with pytest.raises(UserError, match=f"other.safetensors.*{message}"):
+        use(pipeline, tmp_path / "other.safetensors")
+
+
+def test_a_lora_of_another_name(lora, tmp_path):
+    pipeline, file = lora
+    for name in ("lora.bin", "lora", "lora.safetensors.bak"):
+        shutil.copy(file, tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: a LoRA is read from a file called"):
+            use(pipeline, tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------------------------- fuzz

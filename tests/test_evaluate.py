@@ -297,7 +297,7 @@ def test_each_lora_is_drawn_with_its_guidance_and_no_base_is_left_out(
     loras = [
         make_lora(tiny, tmp_path / "one", 2, guidance_scale=1.0),
         make_lora(tiny, tmp_path / "three", 3, guidance_scale=2.0, draw_guidance_scale=3.0),
-        make_lora(tiny, tmp_path / "other", 4, guidance_scale="many"),
+        make_lora(tiny, tmp_path / "other", 4),
     ]
     run = [*options, "--guidance_scale=None", "--base_guidance_scale=7.5", "--output_dir", tmp_path / "out"]
     run_in_process(evaluate, monkeypatch, *run, "--lora_paths", *loras)
@@ -541,7 +541,7 @@ MISTAKES = {
     "--sweep_lora_scale 1,x": "--sweep_lora_scale 1,x: expected numbers",
     "--sweep_lora_scale 0": "nothing to compare",
     "--lora_scale 0": "nothing to compare",
-    "--sweep_guidance nan": "must be finite",
+    "--sweep_guidance nan": "must be a finite number",
     "--held_out_reward imagereward": "imagereward is in --reward, so it is not held out",
     "--held_out_reward held_out:blue": "there is no blue",
     "--reward_path nowhere": "nowhere/ImageReward.pt",

@@ -91,6 +91,14 @@ def test_a_merge_that_cannot_be(lora_file, tiny, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("merged*"))
 
 
+def test_a_merge_that_is_not_finite(lora_file, tiny, tmp_path):
+    """The model is in float16, whose numbers end at 65,504."""
+    model, output = str(tiny / "stable-diffusion-v1-4"), tmp_path / "merged"
+    with pytest.raises(UserError, match="the merged UNet: .* are not finite .*lower --lora_scale"):
+        merge.merge(merge.Options(model, str(lora_file), 1e8, str(output)))
+    assert not output.exists()
+
+
 def adapter_of(file):
     with safe_open(file, "pt") as tensors:
         return json.loads(tensors.metadata()["lora_adapter_metadata"])

@@ -282,8 +282,8 @@ def test_rank_gives_each_image_its_place(reward, files):
 def test_what_is_no_image_is_refused(reward, tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     for image, message in (
-        (tmp_path / "nowhere.png", "nowhere.png: No such file"),
-        (tmp_path / "text.png", "text.png: not an image"),
+        (tmp_path / "nowhere.png", "nowhere.png cannot be read: no such file"),
+        (tmp_path / "text.png", "text.png cannot be read: not an image"),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), r"\(3, H, W\), floating, in \[0, 1\]; this one is"),
         (torch.full((3, 8, 8), 255.0), "goes from 255 to 255"),
         (torch.full((3, 8, 8), float("nan")), "goes from nan"),
@@ -338,7 +338,7 @@ def test_the_command_prints_a_table(reward, tiny, files, monkeypatch, capsys):
         ("README.md --reward_path nowhere.pt", "nowhere.pt .*THUDM/ImageReward"),
         ("README.md --device cuda:9", "--device cuda:9: not a device that can be used on this machine"),
         ("README.md --device meta", "--device meta: not a device that can be used"),
-        ("README.md", "README.md: not an image that can be read"),
+        ("README.md", "README.md cannot be read: not an image"),
         ("a.png --batch_size 0", "--batch_size 0: must be 1 or more"),
     ],
 )
@@ -359,7 +359,7 @@ def test_the_command_scores_what_it_can_read(tiny, files, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["imagereward", "a cat", *map(str, files), "--reward_path", str(tiny / "ImageReward.pt")]
     )
-    with pytest.raises(UserError, match="wide.png: not an image that can be read"):
+    with pytest.raises(UserError, match="wide.png cannot be read: not an image"):
         command.main()
     assert len(capsys.readouterr().out.splitlines()) == 3
 
@@ -456,7 +456,7 @@ def test_damaged_and_foreign_files_are_refused(copy):
     with pytest.raises(UserError, match=r"ImageReward\.pt is damaged or is not"):
         imagereward.load(copy)
     (copy / "ImageReward.pt").unlink()
-    with pytest.raises(UserError, match=r"ImageReward\.pt cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"ImageReward\.pt cannot be read: no such file"):
         imagereward.load(copy)
     (copy / "ImageReward.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"ImageReward\.safetensors is damaged"):
@@ -469,13 +469,13 @@ def test_damaged_and_foreign_files_are_refused(copy):
 
 def test_a_foreign_med_config_is_refused(copy):
     for text, message in (
-        ("not json", r"med_config\.json cannot be read"),
+        ("not json", r"med_config\.json, line 1: not valid JSON"),
         ("{}", r"med_config\.json are not those of an ImageReward model"),
         (
             '{"num_attention_heads": 5, "hidden_act": "gelu", "layer_norm_eps": 1e-12}',
             "not those of an ImageReward",
         ),
-        ("[]", "not those of an ImageReward"),
+        ("[]", r"med_config\.json cannot be read: it is not a JSON object"),
     ):
         (copy / "med_config.json").write_text(text)
         with pytest.raises(UserError, match=message):

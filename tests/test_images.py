@@ -28,6 +28,32 @@ def test_round_trip(image, tmp_path):
     torch.testing.assert_close(row, values.clamp(0, 1), rtol=0, atol=0.501 / 255)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.png", b"\x89PNG\r\n\x1a\n" + b"a" * 100),
+        ("a.blp", b"BLP2" + b"\x07" * 200),
+        ("a.avif", b"\x00\x00\x00\x1cftypavif" + b"\x00" * 100),
+        ("a.webp", b"RIFF\x10\x00\x00\x00WEBPVP8 "),
+        ("a.txt", b"text"),
+        ("a.gif", b""),
+    ],
+)
+def test_files_that_are_no_images(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} cannot be read: (not an image|too large)"):
+        images.read_image(tmp_path / name)
+
+
+def test_images_of_impossible_sizes(tmp_path):
+    Image.new("1", (100_000, 1)).save(tmp_path / "long.png")
+    with pytest.raises(UserError, match="100000x1 pixels are too narrow"):
+        images.read_image(tmp_path / "long.png")
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "large.png")
+    with pytest.raises(UserError, match="large.png cannot be read: too large"):
+        images.read_image(tmp_path / "large.png")
+
+
 def test_writing_does_not_block_until_the_queue_is_full(image, tmp_path, monkeypatch):
     released = threading.Event()
 

@@ -57,6 +57,11 @@ def test_values_that_are_wrong_alone(demand, monkeypatch):
             {"guidance_scale": 1.0, "guidance_in": "rollout"},
             "--guidance_in rollout: must go with a --guidance_scale other than 1",
         ),
+        (
+            {"train_batch_size": 10**5},
+            "--gradient_accumulation_steps 4: must be at most 10,000 divided by --train_batch_size 100000",
+        ),
+        ({"num_validation_images": 10**6}, "must be at most 10,000 divided by --num_validation_images"),
         ({"lr_warmup_steps": 5}, "take --lr_scheduler constant_with_warmup"),
         ({"early_stop": True, "validation_steps": 0}, "have --validation_steps above 0"),
     ],
@@ -121,12 +126,18 @@ def test_which_file_wins(files):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "own.json cannot be read"),
+        ("{", "own.json, line 1: not valid JSON"),
         ("[1]", "own.json cannot be read"),
         ({"rank": "many"}, "own.json: --rank=many is not an option or not a value"),
         ({"seed": 1, "ranks": 3}, "own.json: --ranks=3 is not an option or not a value"),
         ({"help": True}, "own.json: --help is not an option or not a value"),
         ({"rank": 0}, "--rank 0 (in ./own.json): must be 1 or more"),
+        ({"rank": 10**12}, "--rank 1000000000000 (in ./own.json): must be a finite number, at most 4,096"),
+        ({"learning_rate": float("nan")}, "--learning_rate nan (in ./own.json): must be a finite number"),
+        ({"reward": "nothing"}, "--reward nothing (in ./own.json): nothing is not a reward"),
+        ({"prompts": ["a"]}, "own.json: --prompts=['a'] is not an option or not a value"),
+        ({"prompts": {}}, "own.json: --prompts={} is not an option or not a value"),
+        ("[" * 100_000, "own.json, line 1: not valid JSON (nested too deeply)"),
     ],
 )
 def test_a_mistake_in_a_file_is_named_with_the_file(files, tmp_path, content, message):
@@ -135,6 +146,13 @@ def test_a_mistake_in_a_file_is_named_with_the_file(files, tmp_path, content, me
     for arguments in (["--preset", "own"], ["--options_file", str(path)]):
         with pytest.raises(UserError, match=re.escape(message)):
             check_values(read_options(arguments))
+
+
+def test_hyphens_in_a_file(files):
+    """Options of a command do not come from a file, however they are spelled."""
+    path = files({"resume-from-checkpoint": "none", "learning-rate": 3.0})
+    read = read_options([f"--options_file={path}"])
+    assert (read.resume_from_checkpoint, read.learning_rate) == ("latest", 3.0)
 
 
 def test_the_command_line_is_not_blamed_on_a_file(files):

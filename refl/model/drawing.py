@@ -14,7 +14,8 @@ from refl.system.errors import UserError, is_first_process
 from refl.system.files import check_output_folder
 from refl.system.images import to_pil
 from refl.system.ownership import check_place
-from refl.system.prompts import read_prompts
+from refl.system.prompts import check_prompt, read_prompts
+from refl.system.text import printable
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -22,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+MAX_IMAGES = 10**6  # of a command
 AS_TRAINED = ("sampler", "num_inference_steps", "resolution", "lora_in_uncond")  # taken by --as_trained
 NOTED = ("resolution", "lora_in_uncond")  # of these; drawing with another sampler is the usual case
 
@@ -59,7 +61,7 @@ class DrawingOptions(ImageOptions):
     prompt: tuple[str, ...] = ("a lighthouse on a cliff at sunset, oil painting",)
     """One or more prompts."""
     prompts_file: str | None = None
-    """Read the prompts from a .txt, .json, .jsonl or .csv file instead."""
+    """Read the prompts from a .txt, .json, .jsonl, .csv, .tsv or .parquet file instead."""
 
 
 @dataclass
@@ -93,7 +95,23 @@ def memory_advice() -> str:
 def check(options: DrawingOptions) -> list[str]:
     """Return the prompts; raises `UserError` for invalid options. Loads no weights."""
     check_images(options)
-    return read_prompts(options.prompts_file) if options.prompts_file else list(options.prompt)
+    if not (options.prompt or options.prompts_file):
+        raise UserError("--prompt is empty; name one prompt or several, in quotes.")
+    given = [check_prompt(prompt, "--prompt") for prompt in options.prompt]
+    prompts = read_prompts(options.prompts_file) if options.prompts_file else given
+    check_amount(len(prompts), options.num_images_per_prompt)
+    if options.seed + len(prompts) * options.num_images_per_prompt > 2**64:
+        raise UserError(f"--seed {options.seed}: the seeds of all images must be below 2^64.")
+    return prompts
+
+
+def check_amount(num_prompts: int, num_images: int) -> None:
+    """Raise `UserError` for more images than anybody draws."""
+    if num_prompts * num_images > MAX_IMAGES:
+        raise UserError(
+            f"--num_images_per_prompt {num_images}: {num_prompts * num_images:,} images in all, and at most "
+            f"{MAX_IMAGES:,} can be drawn at once."
+        )
 
 
 def check_images(options: ImageOptions) -> None:
@@ -130,7 +148,7 @@ def find_guidance(options: LoraOptions, lora_paths: Sequence[str], is_quiet: boo
         paths_by_text[f"guidance {scale:g} ({reason})"].append(path)
     if is_first_process() and not is_quiet:
         for text, paths in paths_by_text.items():
-            print(text if len(paths_by_text) == 1 else f"{text}: {', '.join(paths)}")
+            print(text if len(paths_by_text) == 1 else printable(f"{text}: {', '.join(paths)}"))
     return found
 
 

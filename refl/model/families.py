@@ -4,13 +4,13 @@ Add one: write a class like `StableDiffusion` and its loaders in a new file, and
 the pipeline class of the folder's model_index.json.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from refl.model.stable_diffusion import StableDiffusion, load_empty_stable_diffusion, load_stable_diffusion
 from refl.system.errors import UserError
+from refl.system.reading import exists, read_object
 
 import torch
 
@@ -36,15 +36,12 @@ def find(folder: str | Path) -> FamilySpec:
     Raises `UserError` for a family that is not supported.
     """
     index = Path(folder) / "model_index.json"
-    if not index.exists():
+    if not exists(index):
         return FAMILIES["StableDiffusionPipeline"]
-    try:
-        name = json.loads(index.read_bytes())["_class_name"]
-        return FAMILIES[name]
-    except KeyError as error:
-        raise UserError(f"{index}: {error} is not supported; supported: {', '.join(FAMILIES)}.") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{index} cannot be read ({error}). Copy it again from its source.") from error
+    name = read_object(index, {"_class_name": str}).get("_class_name")
+    if name not in FAMILIES:
+        raise UserError(f"{index}: {name} is not supported; supported: {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
 
 
 def load(folder: str | Path, dtype: torch.dtype, device: str | torch.device) -> Family:

@@ -4,8 +4,21 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from refl.system.errors import UserError
+from refl.system.options import MAX_FLOAT
+from refl.system.reading import (
+    Count,
+    Natural,
+    Positive,
+    check_file,
+    check_types,
+    exists,
+    is_folder,
+    parse_json,
+)
+from refl.system.weights import check_finite, open_safetensors, read_safetensors
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,7 +27,8 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -27,6 +41,37 @@ METADATA_KEY = "refl"  # our entry of the file's metadata, JSON
 ADAPTER_SETTINGS = (
     "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "lora_bias", "use_dora", "bias",
 )  # fmt: skip
+_Scale = Annotated[float, Field(ge=-MAX_FLOAT, le=MAX_FLOAT)]
+# Types of that entry's values.
+METADATA = {
+    "base_model": str,
+    "draw_guidance_scale": _Scale,
+    "guidance_in": str,
+    "guidance_scale": _Scale,
+    "lora_alpha": Positive,
+    "lora_in_uncond": bool,
+    "num_inference_steps": Count,
+    "rank": Count,
+    "resolution": Count,
+    "reward": str,
+    "sampler": Literal["pndm", "ddim", "ddpm", "euler", "euler_a", "dpm++"],
+    "step": Natural,
+}
+# And of peft's, in the metadata of diffusers. Names of layers are regular expressions to peft, so that others
+# than plain ones could keep it busy for ever.
+_Layer = Annotated[str, Field(pattern=r"^[\w.^$\\-]*$", max_length=200)]
+ADAPTER_TYPES = {
+    "alpha_pattern": dict[_Layer, Positive] | None,
+    "lora_alpha": Positive,
+    "r": Count,
+    "rank_pattern": dict[_Layer, Count] | None,
+    "target_modules": _Layer | list[_Layer] | None,
+}
+MATRICES = {  # parts of the names of the two matrices of a layer
+    "lora.down.": "lora.up.", "lora.up.": "lora.down.",
+    "lora_A.": "lora_B.", "lora_B.": "lora_A.",
+    "lora_down.": "lora_up.", "lora_up.": "lora_down.",
+}  # fmt: skip
 
 
 def add_lora(
@@ -157,11 +202,11 @@ def _lora_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:  # not copie
 
 
 def lora_file(path: str | Path) -> Path:
-    """The file of a LoRA, given itself or its folder; raises `UserError` if it does not exist or has another
+    """The file of a LoRA, given itself or its folder; raises `UserError` if it cannot be read or has another
     kind of name."""
     path = Path(path)
-    file = path / LORA_FILE if path.is_dir() else path
-    if not file.is_file():
+    file = path / LORA_FILE if is_folder(path) else path
+    if not exists(file):
         others = sorted(other.name for other in path.glob("*.safetensors"))
         hint = f" {path} holds {', '.join(others[:3])}: name the file itself." if others else ""
         raise UserError(f"no LoRA at {file}. Train one (bash train_refl_lora.sh), or name another.{hint}")
@@ -170,18 +215,38 @@ def lora_file(path: str | Path) -> Path:
             f"{file} is not called .safetensors. Convert pickles (.bin, .pt, .ckpt), which can run code and "
             "are not read; rename a safetensors file."
         )
-    return file
+    return check_file(file)
 
 
 def read_metadata(path: str | Path) -> dict:
-    """The metadata that `pack_lora` wrote; {} for a LoRA from elsewhere."""
+    """The metadata that `pack_lora` wrote; {} for a LoRA from elsewhere. Raises `UserError`."""
     file = lora_file(path)
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            metadata = json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged or is not a safetensors file ({error}).") from error
-    return metadata if isinstance(metadata, dict) else {}
+    with open_safetensors(file) as tensors:
+        content = (tensors.metadata() or {}).get(METADATA_KEY, "{}")
+    place = f"{file}, metadata {METADATA_KEY}"
+    return check_types(parse_json(content, place), METADATA, place, "Training writes them anew.")
+
+
+def check_lora_file(file: Path) -> None:
+    """Raise `UserError` unless `file` is a LoRA in safetensors: pairs of matrices of finite numbers, and
+    metadata that diffusers and peft understand."""
+    weights, about = read_safetensors(file)
+    advice = "Get this LoRA again from its source, or train it again."
+    if not weights:
+        raise UserError(f"{file} is empty. {advice}")
+    check_finite(weights, file, advice)
+    for name, value in weights.items():
+        for one, other in MATRICES.items():
+            if one in name and name.replace(one, other) not in weights:
+                raise UserError(f"{file} is not complete: {name} has no partner. {advice}")
+        if any(part in name for part in MATRICES) and value.ndim not in (2, 4):
+            raise UserError(f"{file}: {name} is not a matrix. {advice}")
+    if LORA_ADAPTER_METADATA_KEY in about:
+        place = f"{file}, metadata {LORA_ADAPTER_METADATA_KEY}"
+        adapter = parse_json(about[LORA_ADAPTER_METADATA_KEY], place)
+        check_types(adapter, {}, place, advice)
+        types = {key: ADAPTER_TYPES.get(key.rpartition(".")[2], Any) for key in adapter}
+        check_types(adapter, types, place, advice)
 
 
 def guidance_of(metadata: dict, in_training: bool = False) -> float | None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from refl.model.folder import check_model, required_files
 from refl.model.pipeline import load_lora, load_pipeline
 from refl.system.files import require
+from refl.system.options import read as read_options
 from refl.system.ownership import check_new_folder, check_place, new_folder
+from refl.system.weights import check_finite, open_safetensors
 
 import torch
-import tyro
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
@@ -49,6 +49,7 @@ def merge(options: Options) -> Path:
     pipeline.fuse_lora(components=["unet", "text_encoder"], lora_scale=options.lora_scale)
     pipeline.unload_lora_weights()
     unet = pipeline.unet.to(dtype=_dtype(source / "unet"), memory_format=torch.contiguous_format)
+    check_finite(unet.state_dict(), "the merged UNet", "Try a lower --lora_scale.")
     replaced = {source / "unet": "diffusion_pytorch_model*"}  # files that are not copied
     if has_text_part:
         replaced[source / "text_encoder"] = "*model*.[sb]*"  # .safetensors and its index, .bin
@@ -77,12 +78,12 @@ def _save_text_encoder(text_encoder: CLIPTextModel, folder: Path) -> None:
 def _dtype(folder: Path) -> torch.dtype:
     """Precision of the weights in a folder; float32 if they are not safetensors."""
     for file in sorted(folder.glob("*model.safetensors")) + sorted(folder.glob("*model-*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+        with open_safetensors(file) as tensors:
             return tensors.get_tensor(next(iter(tensors.keys()))).dtype
     return torch.float32
 
 
 def main() -> None:
     """Merge by the options of the command line."""
-    options = tyro.cli(Options, prog="python -m refl merge", use_underscores=True)
+    options = read_options(Options, prog="python -m refl merge")
     print(f"{options.lora_path} x {options.lora_scale:g} merged into {merge(options)}")

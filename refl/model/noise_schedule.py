@@ -2,13 +2,25 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from refl.model.parameterisation import PARAMETERISATIONS
 from refl.model.samplers import SAMPLERS, extrapolated_x0
 from refl.system.errors import UserError
 
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
+
+
+def make_scheduler(kind: type[SchedulerMixin], config: dict, **changes: Any) -> SchedulerMixin:
+    """A scheduler of diffusers for latents, which are not clipped; raises `UserError`."""
+    try:
+        scheduler = kind.from_config(config, clip_sample=False, **changes)
+    except Exception as error:  # of many kinds, by the values in a configuration
+        raise UserError(f"scheduler_config.json is not a noise schedule: {error}") from error
+    if not ((scheduler.alphas_cumprod > 0) & (scheduler.alphas_cumprod < 1)).all():
+        raise UserError("scheduler_config.json is not a noise schedule: betas must lie between 0 and 1.")
+    return scheduler
 
 
 class NoiseSchedule:
@@ -26,9 +38,7 @@ class NoiseSchedule:
             supported = ", ".join(PARAMETERISATIONS)
             raise UserError(f"the model predicts {prediction_type}; only {supported} is supported.")
         self.parameterisation = PARAMETERISATIONS[prediction_type]
-        scheduler = DDPMScheduler.from_config(
-            scheduler_config, clip_sample=False, variance_type="fixed_small"
-        )
+        scheduler = make_scheduler(DDPMScheduler, scheduler_config, variance_type="fixed_small")
         scheduler.set_timesteps(num_inference_steps)
         self.add_noise = scheduler.add_noise  # (x0, noise, training timesteps (B,)) -> x_t, DDPM eq. 4
         self.training_alphas_cumprod = scheduler.alphas_cumprod  # (num_train_timesteps,)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from refl.model import families
 from refl.model.lean import lora_off, make_lean
-from refl.model.lora import lora_file, read_metadata
+from refl.model.lora import check_lora_file, lora_file, read_metadata
 from refl.model.lora_check import check_applied, check_kind
+from refl.model.noise_schedule import make_scheduler
 from refl.model.stable_diffusion import decode, vae_factor
 from refl.system.errors import UserError
 
@@ -45,6 +46,7 @@ def load_lora(
     file = lora_file(path)
     read_metadata(file)
     check_kind(file)
+    check_lora_file(file)
     unload_lora(pipeline)
     try:
         pipeline.load_lora_weights(
@@ -52,7 +54,7 @@ def load_lora(
         )
         check_applied(file, (pipeline.unet, pipeline.text_encoder))
         pipeline.set_adapters("default", scale)
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         unload_lora(pipeline)
         raise
     except Exception as error:  # of diffusers, peft and torch, of many kinds
@@ -100,7 +102,7 @@ def load_pipeline(
         text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer,
         unet=parts.unet,
-        scheduler=SAMPLERS[sampler].from_config(parts.scheduler_config, clip_sample=False),
+        scheduler=make_scheduler(SAMPLERS[sampler], parts.scheduler_config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -121,7 +123,7 @@ def generate(
     """Images (B, 3, H, W) float32 in [0, 1] on the CPU, one for each prompt and its seed.
 
     A seed gives the same noise on every device and in every batch. Decodes one image at a time, so that
-    memory does not grow with the batch.
+    memory does not grow with the batch. Raises `UserError` for images that are not finite.
     """
     unet, factor = pipeline.unet, vae_factor(pipeline.vae)
     side = resolution // factor if resolution else unet.config.sample_size
@@ -130,7 +132,7 @@ def generate(
         torch.randn(unet.config.in_channels, side, side, generator=generator) for generator in generators
     ]
     latents = torch.stack(noise).to(unet.dtype)  # drawn in float32: half precision would draw other numbers
-    latents = pipeline(
+    latents = pipeline(  # (B, C, h, w)
         list(prompts),
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
@@ -140,4 +142,10 @@ def generate(
         generator=generators,
         output_type="latent",
     ).images
-    return torch.cat([decode(pipeline.vae, latent[None]).clamp(0, 1).cpu() for latent in latents])
+    images = torch.cat([decode(pipeline.vae, latent[None]).clamp(0, 1).cpu() for latent in latents])
+    if not images.isfinite().all():
+        raise UserError(
+            "the images are not finite numbers: the weights are damaged, or the LoRA or the guidance is too "
+            f"strong in {unet.dtype}. Try a lower --lora_scale or --guidance_scale, or --dtype fp32."
+        )
+    return images

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from refl.model.conditioning import Embeds
+from refl.model.folder import read_config
 from refl.model.lora import ATTENTION_LAYERS
 from refl.system.errors import UserError
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -98,20 +99,15 @@ def load_stable_diffusion(
             text_encoder=_load_part(CLIPTextModel, folder, "text_encoder", dtype=dtype),
             vae=_load_part(AutoencoderKL, folder, "vae", torch_dtype=vae_dtype),
             unet=_load_part(UNet2DConditionModel, folder, "unet", torch_dtype=dtype),
-            scheduler_config=DDPMScheduler.load_config(folder, subfolder="scheduler"),
+            scheduler_config=read_config(folder, "scheduler"),
         )
-    except UserError:
+        for part in (parts.text_encoder, parts.vae, parts.unet):
+            part.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+        _check_tokenizer(folder, parts)
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of three libraries; tokenizers raises Exception itself
         raise not_loadable(folder, error) from error
-    # transformers makes an empty tokenizer of an empty folder.
-    if len(parts.tokenizer) != parts.text_encoder.config.vocab_size:
-        raise UserError(
-            f"{folder}/tokenizer does not fit the text encoder: {len(parts.tokenizer)} tokens instead of "
-            f"{parts.text_encoder.config.vocab_size}. Copy the folder again from its source."
-        )
-    for part in (parts.text_encoder, parts.vae, parts.unet):
-        part.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return parts
 
 
@@ -128,6 +124,25 @@ def load_empty_stable_diffusion(folder: str | Path) -> StableDiffusion:
     for model in (unet, vae):
         model.requires_grad_(False)
     return StableDiffusion(vae, unet)
+
+
+def _check_tokenizer(folder: str | Path, parts: StableDiffusion) -> None:
+    """Raise an error, `UserError` or a library's, unless tokenizer and text encoder encode a prompt."""
+    tokenizer, config = parts.tokenizer, parts.text_encoder.config
+    advice = "Copy the folder again from its source."
+    # transformers makes an empty tokenizer of an empty folder.
+    if len(tokenizer) != config.vocab_size or max(tokenizer.get_vocab().values()) >= config.vocab_size:
+        raise UserError(
+            f"{folder}/tokenizer does not fit the text encoder: {len(tokenizer)} tokens instead of "
+            f"{config.vocab_size}. {advice}"
+        )
+    if not 2 < tokenizer.model_max_length <= config.max_position_embeddings:
+        raise UserError(
+            f"{folder}/tokenizer does not fit the text encoder: model_max_length is "
+            f"{tokenizer.model_max_length}, for {config.max_position_embeddings} positions. {advice}"
+        )
+    if not all(embeds["encoder_hidden_states"].isfinite().all() for embeds in parts.encode_prompts(["a"])):
+        raise UserError(f"{folder}/text_encoder gives numbers that are not finite. {advice}")
 
 
 def _load_part(cls: type, folder: str | Path, part: str, **dtype: torch.dtype) -> torch.nn.Module:

@@ -30,6 +30,6 @@ def load_tiny_decoder(folder: str | Path, dtype: torch.dtype, device: str | torc
 def load_empty_tiny_decoder(folder: str | Path) -> AutoencoderTiny:
     """The decoder on the meta device, for counting memory. Raises `UserError`."""
     with torch.device("meta"):
-        model = AutoencoderTiny.from_config(read_config(folder, "."))
+        model = AutoencoderTiny.from_config(read_config(folder, "tiny_decoder"))
     model.encoder = None
     return model.requires_grad_(False)

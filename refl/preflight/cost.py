@@ -8,6 +8,7 @@ Everything else is small beside them and is not counted. Predictions with the Lo
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -15,7 +16,7 @@ from refl.model.folder import read_config
 from refl.model.noise_schedule import NoiseSchedule
 from refl.preflight import memory
 from refl.reward import rewards
-from refl.train.plan import Plan, possible_plans
+from refl.train.plan import Plan, draw_plan, possible_plans
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ RATES = {
     "RTX 4090(?! D| Laptop)": 165,
     "RTX 3090(?! Ti)": 71,
 }
+MAX_PLANS = 1000  # of those that may be drawn, to take the mean of their costs
 ASSUMED_UTILISATION = 0.4  # share of the published rate that training reaches: an assumption
 
 
@@ -118,9 +120,13 @@ def flop_counter() -> FlopCounterMode:
 
 
 def per_image(options: Any, parts: Parts) -> dict[str, float]:
-    """TFLOP of an image of a training step by part, the mean over the plans that may be drawn."""
+    """TFLOP of an image of a training step by part, the mean over the plans that may be drawn, or over
+    `MAX_PLANS` of them."""
     schedule = _schedule(options)
-    costs = [_of_plan(options, parts, plan) for plan in possible_plans(options, schedule)]
+    plans = list(islice(possible_plans(options, schedule), MAX_PLANS + 1))
+    if len(plans) > MAX_PLANS:
+        plans = [draw_plan(options, schedule, step, 0) for step in range(MAX_PLANS)]
+    costs = [_of_plan(options, parts, plan) for plan in plans]
     return {part: fmean(cost[part] for cost in costs) for part in costs[0]}
 
 
@@ -161,7 +167,7 @@ def of_run(options: Any, parts: Parts) -> tuple[float, float]:
 
 
 def _schedule(options: Any) -> NoiseSchedule:
-    config = read_config(options.pretrained_model_name_or_path, "scheduler", "scheduler_config.json")
+    config = read_config(options.pretrained_model_name_or_path, "scheduler")
     return NoiseSchedule(config, options.num_inference_steps)
 
 

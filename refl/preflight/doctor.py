@@ -31,10 +31,12 @@ from refl.model.folder import (
 from refl.system import devices
 from refl.system.errors import UserError, is_first_process
 from refl.system.files import check_output_folder, require
+from refl.system.options import check_numbers
 from refl.system.ownership import check_place
 from refl.system.prompts import read_prompts
+from refl.system.reading import exists
 from refl.train.options import Options as TrainingOptions
-from refl.train.options import check_values, describe, expand, read_options
+from refl.train.options import check_values, describe, expand, naming_file, read_options
 
 import torch
 
@@ -55,6 +57,7 @@ class Options(TrainingOptions):
 
 def check_options(options: TrainingOptions) -> str:
     """Check the values of the options."""
+    check_numbers(options)
     check_values(options)
     images = options.train_batch_size * options.gradient_accumulation_steps
     guidance = f"guidance {options.guidance_scale:g}"
@@ -107,7 +110,7 @@ def check_model_files(options: Any) -> str:
     folder = options.pretrained_model_name_or_path
     check_model(folder, options.num_inference_steps)
     files = [Path(folder) / part / names[0] for part, names in WEIGHT_FILES.items()]
-    num_weights = sum(count_weights(file) for file in files if file.exists())
+    num_weights = sum(count_weights(file) for file in files if exists(file))
     size = resolution_of(folder, options.resolution)
     if options.decode_resolution:
         check_decode_resolution(folder, size, options.decode_resolution)
@@ -118,7 +121,7 @@ def check_model_files(options: Any) -> str:
 
 def check_scheduler(options: Any) -> str:
     """Report `clip_sample`: DDPM must not clip latents, which are not in [-1, 1]."""
-    config = read_config(options.pretrained_model_name_or_path, "scheduler", "scheduler_config.json")
+    config = read_config(options.pretrained_model_name_or_path, "scheduler")
     clip_sample = config.get("clip_sample", "not set, which diffusers reads as True for DDPM")
     return f"clip_sample in the file: {clip_sample}; training uses False"
 
@@ -296,7 +299,8 @@ def check(options: Any, is_training: bool) -> None:
         if name in ("prompts", "memory", "cost") or (name == "devices" and is_training):
             continue
         try:
-            function(options)
+            with naming_file(options):
+                function(options)
         except CheckWarning as warning:
             if not is_training and name != "devices":  # training reports its device
                 print(f"warning: {warning}", file=sys.stderr)
@@ -315,7 +319,8 @@ def main() -> None:
     failed = False
     for name, function in CHECKS.items():
         try:
-            status, text = "pass", function(options)
+            with naming_file(options):
+                status, text = "pass", function(options)
         except CheckWarning as warning:
             status, text = "warn", str(warning)
         except UserError as error:

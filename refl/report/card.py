@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,20 +21,25 @@ from pathlib import Path
 from refl.model.lora import KOHYA_FILE, LORA_FILE, guidance_of, read_metadata
 from refl.model.pipeline import SAMPLERS
 from refl.report import outputs
+from refl.report.labels import label, plain_labels
 from refl.report.results import best_comparisons, comparisons, other_comparisons
 from refl.system import checkpoints
 from refl.system.errors import UserError
 from refl.system.files import writing
+from refl.system.options import read as read_options
 from refl.system.ownership import OutputFolder, locks_released, take
 from refl.system.prompts import read_prompts
+from refl.system.reading import check_folder, exists, read_bytes, read_object
+from refl.system.text import printable
+from refl.system.weights import open_safetensors
 
 import numpy as np
 import tyro
 from jinja2 import Environment, FileSystemLoader, UndefinedError
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FILE = outputs.CARD
@@ -64,11 +70,11 @@ def write(folder: str | Path, evaluation: str | Path | None = None) -> Path:
     """
     folder = Path(folder)
     lora = folder / LORA_FILE
-    if not lora.is_file():
+    if not exists(lora):
         raise UserError(f"no LoRA at {lora}; name the --output_dir of a finished training.")
     output = take(folder, outputs.RUN)
     output.check([*FILES, EVALUATION] if evaluation else [FILE])
-    digest = hashlib.sha256(lora.read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_bytes(lora)).hexdigest()
     facts, files = _training(folder)
     results, has_image = _read_json(folder / EVALUATION), (folder / BEFORE_AFTER).is_file()
     if evaluation:
@@ -139,8 +145,8 @@ def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:
         "sampler": getattr(SAMPLERS.get(str(metadata.get("sampler"))), "__name__", None),
         "drawing": _drawing(metadata),
         "guidance": guidance_of(metadata),
-        "lora_file": lora.name,
-        "kohya_file": KOHYA_FILE,
+        "lora_file": Markup(lora.name),
+        "kohya_file": Markup(KOHYA_FILE),
         "has_kohya": (folder / KOHYA_FILE).is_file(),
         "has_curves": bool(scalars),
         "images": images,
@@ -154,13 +160,12 @@ def _training(folder: Path) -> tuple[dict, dict[str, bytes]]:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def _read_json(path: Path) -> dict:
-    """Read a JSON object; {} if there is none or it cannot be read."""
+def _read_json(path: Path, types: Mapping[str, type] | None = None) -> dict:
+    """Read a JSON object; {} if there is none or it cannot be read, or if entries have other types."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return read_object(path, types or {})
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_fault(record: logging.LogRecord) -> bool:
@@ -176,6 +181,7 @@ def _read_events(folder: Path) -> tuple[dict[str, list], list]:
     """Read TensorBoard's finite scalars by tag and the validation images; ({}, []) if they cannot be read."""
     everything = {"scalars": 0, "images": 0, "histograms": 1, "compressedHistograms": 1}  # 0: all of them
     try:
+        check_folder(folder)
         events = EventAccumulator(str(folder), size_guidance=everything).Reload()
         tags, images = events.Tags(), "validation/images"
         scalars = {tag: [p for p in events.Scalars(tag) if math.isfinite(p.value)] for tag in tags["scalars"]}
@@ -187,7 +193,10 @@ def _read_events(folder: Path) -> tuple[dict[str, list], list]:
 def _state(folder: Path) -> dict:
     """Read the state of the newest checkpoint; {} without one."""
     steps = checkpoints.steps(folder)
-    return _read_json(folder / f"checkpoint-{max(steps)}" / checkpoints.STATE) if steps else {}
+    if not steps:
+        return {}
+    types = {"fingerprint": dict, "progress": dict, "versions": dict}
+    return _read_json(folder / f"checkpoint-{max(steps)}" / checkpoints.STATE, types)
 
 
 def _first_and_last(points: list, step: int | None) -> list:
@@ -200,14 +209,14 @@ def _is_sd14(lora: Path, base_model: str) -> bool:
     """Whether the base model has SD-1.4's name and the LoRA the widths of its first attention layers."""
     block = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
     widths = {f"{block}.attn1.to_q.lora.down.weight": 320, f"{block}.attn2.to_k.lora.down.weight": 768}
-    with safe_open(lora, framework="pt") as tensors:
+    with open_safetensors(lora) as tensors:
         return Path(base_model).name == "stable-diffusion-v1-4" and all(
             key in set(tensors.keys()) and tensors.get_slice(key).get_shape()[1] == width
             for key, width in widths.items()
         )
 
 
-def _drawing(metadata: dict) -> str:
+def _drawing(metadata: dict) -> Markup:
     """Format the pipeline's arguments that draw for what the LoRA was trained."""
     side = metadata.get("resolution")
     arguments = {
@@ -216,19 +225,22 @@ def _drawing(metadata: dict) -> str:
         "height": side,
         "width": side,
     }
-    return "".join(f", {name}={value}" for name, value in arguments.items() if isinstance(value, int | float))
+    return Markup("".join(f", {name}={value}" for name, value in arguments.items() if value is not None))
 
 
 def _time(scalars: dict[str, list]) -> str | None:
     """Describe how long the steps took and when the run ended."""
     if not (steps := scalars.get("seconds/total")):
         return None
-    day = datetime.fromtimestamp(steps[-1].wall_time, UTC).date()
+    try:
+        day = datetime.fromtimestamp(steps[-1].wall_time, UTC).date()
+    except (ValueError, OverflowError, OSError):  # of a damaged file
+        return None
     minutes = sum(point.value for point in steps) / 60
     return f"The {len(steps)} logged steps took {minutes:.1f} minutes and ended on {day} (UTC)."
 
 
-def _data(options: dict, fingerprint: dict) -> list[str]:
+def _data(options: dict, fingerprint: dict) -> list[Markup]:
     """Describe the training and validation data; prompts are counted if their file has not changed since."""
     lines = []
     if path := options.get("prompts"):
@@ -248,7 +260,7 @@ def _data(options: dict, fingerprint: dict) -> list[str]:
         lines.append(f"Regularised by the captioned images of {code(Path(str(path)).name)}")
     elif lines:
         lines.append("No images were trained on")
-    return lines
+    return [Markup(line) for line in lines]
 
 
 def _cases(evaluation: dict, digest: str) -> list[tuple[dict, list, list]]:
@@ -268,16 +280,19 @@ def _cases(evaluation: dict, digest: str) -> list[tuple[dict, list, list]]:
 # ------------------------------------------------------------------------------------------------------- text
 
 
-def escape(value: object) -> str:
+def escape(value: object) -> Markup:
     """Escape a value as one line of plain text for Markdown and its tables."""
-    line = " ".join(str(value).split())
-    return re.sub(r"[^\w\s.,:+/=%()-]|_", lambda match: f"&#{ord(match[0])};", line)
+    if isinstance(value, Markup):
+        return value
+    line = " ".join(printable(value).split())
+    return Markup(re.sub(r"[^\w\s.,:+/=%()-]|_", lambda match: f"&#{ord(match[0])};", line))
 
 
-def code(value: object) -> str:
+def code(value: object) -> Markup:
     """Format a value as one line of code, also for tables."""
-    line = " ".join(str(value).split())
-    return f"`{line}`" if line and not set("`|\\") & set(line) else f"<code>{escape(line)}</code>"
+    line = " ".join(printable(value).split())
+    is_plain = line and not set("`|\\") & set(line)
+    return Markup(f"`{line}`" if is_plain else f"<code>{escape(line)}</code>")
 
 
 def number(value: float | None, form: str = ".3f") -> str:
@@ -291,13 +306,16 @@ def share(count: float, outcomes: dict) -> str:
 
 
 def _render(facts: dict) -> str:
+    """The card; every value is escaped for Markdown, unless it is `Markup`."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=escape,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"text": escape, "code": code, "number": number, "share": share}
+    templates.filters |= {"code": code, "number": number, "share": share}
     text = templates.get_template("card.md.jinja").render(**facts)
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -305,6 +323,7 @@ def _render(facts: dict) -> str:
 # ----------------------------------------------------------------------------------------------------- curves
 
 
+@plain_labels()
 def curves(scalars: dict[str, list], lora_step: int | None = None) -> bytes:
     """Plot reward, validation, loss and gradient norm by step, as PNG."""
     figure = Figure(figsize=(9, 5.6), layout="constrained")
@@ -322,7 +341,13 @@ def curves(scalars: dict[str, list], lora_step: int | None = None) -> bytes:
         if tag.startswith("validation/") and values not in seen:  # a single reward equals the sum
             seen.append(values)
             validation.plot(
-                [p.step for p in scalars[tag]], values, "o-", ms=3.5, lw=1.5, clip_on=False, label=tag[11:]
+                [p.step for p in scalars[tag]],
+                values,
+                "o-",
+                ms=3.5,
+                lw=1.5,
+                clip_on=False,
+                label=label(tag[11:]),
             )
     validation.set_title("validation, from the same noise each time")
     if len(seen) > 1:
@@ -357,5 +382,5 @@ def _plot_smoothed(axis: Axes, points: list) -> None:
 @locks_released()
 def main() -> None:
     """Read the options and write the card."""
-    options = tyro.cli(Options, prog="python -m refl card", use_underscores=True)
+    options = read_options(Options, prog="python -m refl card")
     print(f"model card written: {write(options.folder, options.evaluation)}")

@@ -1,6 +1,5 @@
 """Cases of an evaluation, the base model and each LoRA at each scale and guidance, and their images."""
 
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -11,6 +10,9 @@ from pathlib import Path
 
 from refl.model.lora import LORA_FILE, lora_file, read_metadata
 from refl.system.errors import UserError, is_first_process
+from refl.system.images import read_image
+from refl.system.options import check_number
+from refl.system.text import printable
 
 import numpy as np
 from PIL import Image
@@ -50,12 +52,9 @@ class Sample:
     def read(self) -> Image.Image:
         """Read the image; raises `UserError` if the file is damaged."""
         try:
-            with Image.open(self.file) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise UserError(
-                f"{self.file} cannot be read ({error}). Delete it; the same command generates it again."
-            ) from error
+            return read_image(self.file).convert("RGB")
+        except UserError as error:
+            raise UserError(f"{error} Delete it; the same command generates it again.") from error
 
 
 def find_loras(paths: Sequence[str]) -> list[Lora]:
@@ -75,7 +74,7 @@ def find_loras(paths: Sequence[str]) -> list[Lora]:
             name = f"LoRA {name}" if name == "base" else name
             loras[digest] = Lora(path, name, digest, step if isinstance(step, int) else None)
         elif is_first_process():
-            print(f"note: {path} is the same LoRA as {loras[digest].path}; skipping it")
+            print(printable(f"note: {path} is the same LoRA as {loras[digest].path}; skipping it"))
     return list(loras.values())
 
 
@@ -91,15 +90,13 @@ def find_cases(
 
     `guidance_scales` has the guidance of each LoRA; the base model is drawn at all of them and, if it is
     given, at `base_guidance_scale`. A sweep takes the place of `lora_scale` or `guidance_scales`. Scale 0 is
-    the base model, so it adds no case. Raises `UserError` for values that are not finite and if nothing is
+    the base model, so it adds no case. Raises `UserError` for sweeps that are not numbers, and if nothing is
     left to compare with the base model.
     """
     scales = _read_sweep("sweep_lora_scale", sweep_lora_scale) or [lora_scale]
     swept = _read_sweep("sweep_guidance", sweep_guidance)
     guidances = [swept or [guidance] for guidance in guidance_scales]  # of each LoRA
     of_base = set(chain(*guidances, [] if base_guidance_scale is None else [base_guidance_scale]))
-    if not all(map(math.isfinite, (*scales, *of_base))):
-        raise UserError("scales and guidances, swept or not, must be finite numbers.")
     if not any(scales):
         raise UserError("--lora_scale 0 is the model without the LoRA: there is nothing to compare it with.")
     cases = []
@@ -122,11 +119,14 @@ def _read_sweep(name: str, text: str | None) -> list[float]:
     if text is None:
         return []
     try:
-        return sorted({float(part) for part in text.split(",")})
+        numbers = sorted({float(part) for part in text.split(",")})
     except ValueError as error:
         raise UserError(
             f"--{name} {text}: expected numbers separated by commas, such as 0.5,1,1.5."
         ) from error
+    for number in numbers:
+        check_number(name, number)
+    return numbers
 
 
 def base_index(guidance_scale: float, cases: Sequence[Case]) -> int:

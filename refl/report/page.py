@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
+from refl.report.labels import label, plain_labels
 from refl.report.results import DIVERSITY, SATURATED, base_at, best_comparisons, other_comparisons
+from refl.system.text import printable
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
@@ -61,7 +63,7 @@ def text(evaluation: dict, shown: int) -> str:
         criterion = evaluation["best_against_best"]["criterion"]
         tables = "\n\n".join(_table(evaluation, *one) for one in best)
         blocks.append(f"Best against best: each at the guidance with its highest {criterion}\n{tables}")
-    return "\n" + "\n\n".join(blocks) + "\n"
+    return printable("\n" + "\n\n".join(blocks) + "\n")
 
 
 def _table(evaluation: dict, case: dict, base: dict, differences: dict) -> str:
@@ -152,8 +154,10 @@ def data_uri(image: Image.Image) -> str:
 # ------------------------------------------------------------------------------------------------------ plots
 
 
+@plain_labels()
 def plot(draw: Callable[[Axes], None], title: str) -> Markup:
     """Render what `draw` puts on an axis as inline SVG in the page's colours and font."""
+    title = printable(title)
     figure = Figure(figsize=(5.6, 3.2), layout="constrained", facecolor="none")
     axis = figure.subplots()
     axis.set_facecolor("none")
@@ -163,8 +167,8 @@ def plot(draw: Callable[[Axes], None], title: str) -> Markup:
     axis.set_axisbelow(True)
     axis.spines[:].set_visible(False)
     draw(axis)
-    for label in (axis.xaxis.label, axis.yaxis.label):
-        label.set(fontsize=8, color=TEXT)
+    for text in (axis.xaxis.label, axis.yaxis.label):
+        text.set(fontsize=8, color=TEXT)
     content = io.StringIO()
     # The salt makes the SVG's internal ids reproducible and different from those of the page's other plots.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
@@ -173,10 +177,8 @@ def plot(draw: Callable[[Axes], None], title: str) -> Markup:
     for colour, replacement in PAGE_COLOURS.items():
         svg = svg.replace(colour, replacement)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
-    label = Markup.escape(title)
-    return Markup(
-        re.sub(r'width="[^"]*pt" height="[^"]*pt"', f'role="img" aria-label="{label}"', svg, count=1)
-    )
+    attributes = f'role="img" aria-label="{Markup.escape(title)}"'
+    return Markup(re.sub(r'width="[^"]*pt" height="[^"]*pt"', lambda _: attributes, svg, count=1))
 
 
 def histogram(axis: Axes, differences: np.ndarray) -> None:
@@ -210,7 +212,7 @@ def curves(evaluation: dict) -> list[Markup]:
             steps, means = [0, *by_step], [case["means"][name] for case in (base, *by_step.values())]
             mean, low, high = ([entry[key] for entry in means] for key in ("mean", "low", "high"))
             axis.fill_between(steps, low, high, color=ACCENT, alpha=0.2 / len(runs), lw=0)
-            axis.plot(steps, mean, f"o{style}", color=ACCENT, ms=4, label=folder.name)
+            axis.plot(steps, mean, f"o{style}", color=ACCENT, ms=4, label=label(folder.name))
         if len(runs) > 1:
             axis.legend(frameon=False, fontsize=8, labelcolor=TEXT)
         axis.set_xlabel("training step; the band is the 95 % interval")

@@ -191,5 +191,12 @@ def prompts_csv(results: Results) -> str:
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     content = io.StringIO()
-    csv.writer(content, lineterminator="\n").writerows([header, *rows])
+    csv.writer(content, lineterminator="\n").writerows([map(cell, row) for row in (header, *rows)])
     return content.getvalue()
+
+
+def cell(value: object) -> object:
+    """A value for a table. Spreadsheets take text that begins like a formula for one, so it is given an
+    apostrophe, as OWASP recommends."""
+    is_formula = isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@"))
+    return f"'{value}" if is_formula else value

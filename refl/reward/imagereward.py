@@ -17,7 +17,6 @@ published file lacks default to the published values.
 import logging
 import math
 import re
-import zipfile
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -25,14 +24,14 @@ from textwrap import shorten
 
 from refl.reward.contract import RewardSpec
 from refl.system.errors import UserError, is_first_process
-from refl.system.files import read_json
 from refl.system.images import read_image
+from refl.system.reading import Count, Positive, check_folder, exists, read_object
+from refl.system.weights import read_weights
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     BatchEncoding,
@@ -67,6 +66,19 @@ KEYS = (
     ("mlp.layers.*", "head.*"),
 )
 PUBLISHED = tuple((ours, published) for published, ours in KEYS)
+# Types of the entries of med_config.json that are used.
+MED_CONFIG = {
+    "hidden_act": str,
+    "layer_norm_eps": Positive,
+    "num_attention_heads": Count,
+    "score_mean": float,
+    "score_std": Positive,
+    "vision_hidden_act": str,
+    "vision_image_size": Count,
+    "vision_layer_norm_eps": Positive,
+    "vision_num_attention_heads": Count,
+    "vision_patch_size": Count,
+}
 # Keys whose shapes determine the sizes of the model.
 SIZING_KEYS = (
     "vision.embeddings.position_embedding",
@@ -316,7 +328,7 @@ def required_files(path: str | Path) -> dict[Path, str]:
     return {
         file: "THUDM/ImageReward",
         file.with_name("med_config.json"): "THUDM/ImageReward",
-        tokenizer / "vocab.txt" if tokenizer.exists() else tokenizer: "google-bert/bert-base-uncased",
+        tokenizer / "vocab.txt" if exists(tokenizer) else tokenizer: "google-bert/bert-base-uncased",
     }
 
 
@@ -329,7 +341,7 @@ def _weights_file(path: str | Path) -> Path:
     if path.suffix in (".pt", ".safetensors"):
         return path
     file, other = path / "ImageReward.pt", path / "ImageReward.safetensors"
-    return other if other.exists() and not file.exists() else file
+    return other if exists(other) and not exists(file) else file
 
 
 def _freeze(model: ImageReward, dtype: torch.dtype) -> ImageReward:
@@ -345,7 +357,7 @@ def _read(file: Path) -> tuple[ImageReward, dict[str, Tensor]]:
     weights = _rename(read_weights(file), KEYS)
     med_config_file, tokenizer_folder = file.with_name("med_config.json"), file.with_name("bert-base-uncased")
     tokenizer = load_tokenizer(tokenizer_folder)
-    med_config = read_json(med_config_file)
+    med_config = read_object(med_config_file, MED_CONFIG)
     if missing := [key for key in SIZING_KEYS if key not in weights]:
         unexpected = [key for key in weights if not re.match(r"(vision|text|head)\.", key)]
         raise _not_imagereward(file, missing, unexpected)
@@ -381,8 +393,10 @@ def _read(file: Path) -> tuple[ImageReward, dict[str, Tensor]]:
 def load_tokenizer(folder: str | Path) -> BertTokenizer:
     """BERT's tokenizer with the two tokens that BLIP adds; `[CLS]` stays first, as in the published
     scorer."""
+    check_folder(folder)
     try:
         tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer("a", padding="max_length", truncation=True, max_length=MAX_TOKENS)
     except Exception as error:  # the tokenizers library raises plain Exception for files it cannot parse
         raise UserError(f"{folder} contains no readable BERT tokenizer ({error}).") from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
@@ -393,24 +407,6 @@ def load_tokenizer(folder: str | Path) -> BertTokenizer:
 def published_state_dict(model: ImageReward) -> dict[str, Tensor]:
     """The weights under the keys of the published `ImageReward.pt`."""
     return _rename(model.state_dict(), PUBLISHED)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a file of tensors, memory-mapped where its format allows; raises `UserError`."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except Exception as error:  # the unpickler, the zip reader and safetensors raise many kinds
-        raise UserError(
-            f"{path} is damaged or is not a file of weights ({type(error).__name__}). "
-            "Copy it again from its source."
-        ) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path} contains something other than a table of weights.")
-    return weights
 
 
 def _not_imagereward(

@@ -16,7 +16,6 @@ its process knows which GPU it has.
 import importlib
 import inspect
 import logging
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from refl.reward.plugins import users_code
 from refl.system.errors import UserError, is_first_process
 from refl.system.files import require
 from refl.system.images import to_tensor
+from refl.system.options import MAX_FLOAT
 
 import torch
 from PIL import Image
@@ -70,7 +70,13 @@ class WeightedRewards:
                 continue
             tensors = (to_tensor(image.convert("RGB"))[None].to(device) for image in images)
             scores.append(torch.cat([self._scores(name, tensor, [prompt]) for tensor in tensors]).cpu())
-        return self.total(torch.stack(scores))
+        return self.finite_total(torch.stack(scores))
+
+    def finite_total(self, scores: Tensor) -> Tensor:
+        """As `total`; raises `UserError` for scores that are not finite numbers. Waits for the device."""
+        for name, own in zip(self.rewards, scores, strict=True):
+            self._check_finite(name, own)
+        return self.total(scores)
 
     def total(self, scores: Tensor) -> Tensor:
         """The weighted sum, (B,), of scores (K, B)."""
@@ -156,7 +162,9 @@ class WeightedRewards:
     def _check_finite(self, name: str, scores: Tensor) -> None:
         """Raise `UserError` for scores that are not finite. Waits for the device."""
         if not scores.isfinite().all():
-            raise UserError(f"{self._label(name)} returned {scores.tolist()}; scores must be finite numbers.")
+            raise UserError(
+                f"{self._label(name)} returned {scores.tolist()[:8]}; scores must be finite numbers."
+            )
 
     def _check_gradient(self, name: str, images: Tensor, scores: Tensor) -> None:
         """Raise `UserError` for a gradient that is missing or not finite. Waits for the device."""
@@ -200,9 +208,10 @@ def parse(specification: str, option: str = "--reward") -> dict[str, tuple[float
                 source, weight = before, float(last)
             except ValueError as error:
                 raise UserError(f"{option} {specification}: the weight of {before} is {last!r}.") from error
-        if not math.isfinite(weight) or weight == 0:
+        if not 0 < abs(weight) <= MAX_FLOAT:
             raise UserError(
-                f"{option} {specification}: the weight of {source} must be a number other than 0."
+                f"{option} {specification}: the weight of {source} must be a number other than 0, at most "
+                f"{MAX_FLOAT:g}."
             )
         is_function = ":" in source and all(
             part.isidentifier() for part in source.replace(":", ".").split(".")

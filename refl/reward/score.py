@@ -2,13 +2,15 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from refl.reward import rewards
 from refl.system import devices, streams
 from refl.system.errors import UserError
 from refl.system.images import read_image
+from refl.system.options import read as read_options
+from refl.system.prompts import check_prompt
+from refl.system.reading import exists
 
 import torch
 import tyro
@@ -39,12 +41,13 @@ class Options:
 
 def main() -> None:
     """Print a table of the images named on the command line."""
-    options = tyro.cli(Options, prog="python -m refl score", use_underscores=True)
+    options = read_options(Options, prog="python -m refl score")
     if not options.images:
         raise UserError("name one image or more, after the prompt.")
+    check_prompt(options.prompt, "PROMPT")
     if options.batch_size < 1:
         raise UserError(f"--batch_size {options.batch_size}: must be 1 or more.")
-    if missing := [path for path in options.images if not Path(path).is_file()]:
+    if missing := [path for path in options.images if not exists(path)]:
         raise UserError(f"no such image: {', '.join(missing)}.")
     device = devices.find(options.device)
     devices.set_tf32(False)

@@ -1,2 +1,2 @@
-"""Independent of models: errors, files, checkpoints, signals, devices, processes, randomness, prompts,
-images."""
+"""Independent of models: errors, files, reading, options, checkpoints, signals, devices, processes, prompts,
+randomness, images."""

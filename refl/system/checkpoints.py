@@ -17,6 +17,7 @@ from pathlib import Path
 from refl.system.errors import UserError
 from refl.system.files import sync_folder, write_synced
 from refl.system.ownership import PRIVATE, OutputFolder
+from refl.system.reading import check_folder, is_folder
 
 CHECKSUMS, STATE = "checksums.json", "state.json"
 
@@ -53,6 +54,8 @@ def write(folder: Path, step: int, files: dict[str, bytes]) -> Path:
 
 def read(path: Path) -> dict[str, bytes]:
     """Read and verify the files of a checkpoint; raises `Damaged`, or `UserError` if it cannot be read."""
+    if is_folder(path):
+        check_folder(path)
     try:
         checksums = dict(json.loads((path / CHECKSUMS).read_bytes()))
         if any(Path(name).name != name for name in checksums):

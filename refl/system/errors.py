@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from refl.system.streams import restore_interrupt, warn_of_loss
+from refl.system.text import printable
 
 
 class UserError(ValueError):
@@ -42,5 +43,5 @@ def _exit(message: str, code: int) -> None:
     # error of another process alone is reported after a delay.
     if not is_first_process():
         time.sleep(30)  # on a busy machine the first one may be that far behind
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
     sys.exit(code)

@@ -1,15 +1,14 @@
 """Write files atomically, fingerprint them, and check folders and files before a run."""
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from refl.system.errors import UserError
+from refl.system.reading import exists
 
 SAMPLES, SAMPLE_SIZE = 64, 4096  # number of samples of a file, and bytes of each
 
@@ -44,14 +43,6 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raises `UserError`."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error
-
-
 def fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 of the names, sizes and samples of files: tells trained weights apart without reading
     gigabytes. Raises `OSError`."""
@@ -79,9 +70,7 @@ def require(files: dict[Path, str]) -> None:
     """Raise `UserError` that names all missing files at once, each with its source on the Hugging Face
     Hub."""
     missing = [
-        f"  {path}  (on the Hugging Face Hub: {source})"
-        for path, source in files.items()
-        if not path.exists()
+        f"  {path}  (on the Hugging Face Hub: {source})" for path, source in files.items() if not exists(path)
     ]
     if missing:
         raise UserError("weights are missing:\n" + "\n".join(missing) + "\nSee checkpoint/README.md.")

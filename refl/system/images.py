@@ -9,12 +9,14 @@ from pathlib import Path
 from refl.system.errors import UserError
 from refl.system.files import write_whole, writing
 from refl.system.ownership import OutputFolder
+from refl.system.reading import check_file
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+MAX_RATIO = 100  # of width and height: resized to a height of 224, a longer image would need gigabytes
 MAX_PENDING = 64  # images waiting to be written, 50 MB at 512x512
 
 
@@ -31,14 +33,20 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def read_image(path: str | PathLike) -> Image.Image:
-    """Read an image file; raises `UserError` for one that is missing, damaged or something else."""
+    """Read an image file; raises `UserError` for one that is missing, damaged, too large or another kind."""
+    check_file(path)
     try:
         with Image.open(path) as image:
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise UserError(f"{path} cannot be read: {image.width}x{image.height} pixels are too narrow.")
             image.load()
             return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "not an image that can be read"
-        raise UserError(f"{path}: {reason}.") from error
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise many kinds, also NotImplementedError and struct.error
+        is_large = isinstance(error, Image.DecompressionBombError | MemoryError)
+        reason = f"too large ({error})" if is_large else "not an image that can be read"
+        raise UserError(f"{path} cannot be read: {reason}.") from error
 
 
 def image_size(path: str | PathLike) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from refl.model.conditioning import Conditioning, Embeds
@@ -155,7 +156,11 @@ class Batches:
     def _encode_prompts(self, is_quiet: bool) -> dict[str, Embeds]:
         """Embeddings on the CPU of every prompt that this process will need; frees the text encoder."""
         base, micro_steps = self.models.base, range(self.options.gradient_accumulation_steps)
-        needed = {p for step in self.steps for m in micro_steps for p in self._prompts(step, m)}
+        needed, everything = set(), set(self.inputs.prompts)
+        for step, micro_step in product(self.steps, micro_steps):
+            if len(needed) == len(everything):  # usual in long runs
+                break
+            needed.update(self._prompts(step, micro_step))
         needed |= {*self.inputs.validation_prompts, *(caption for _, caption in self.inputs.captioned)}
         ordered = ["", *sorted(needed)]
         bar = tqdm(

@@ -5,16 +5,18 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from refl.system.errors import UserError
-from refl.system.files import read_json
+from refl.system.options import check_numbers
+from refl.system.reading import check_types, read_json
 
+MAX_STEP_IMAGES = 10_000  # images of a process in a step or a validation, whose noise is held in memory
 PRESETS = Path(__file__).parents[2] / "presets"  # files like a run's options.json, each with a description
 
 
@@ -45,7 +47,7 @@ class Options(Files):
     reward_path: str = "checkpoint"
     """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
     prompts: str = "data/train_prompts.txt"
-    """Training prompts: .txt, .json, .jsonl or .csv."""
+    """Training prompts: .txt, .json, .jsonl, .csv, .tsv or .parquet."""
     validation_prompts: str = "data/held_out_prompts.txt"
     """Prompts that are not trained on. Every validation uses the first --num_validation_images of them."""
     output_dir: str = "checkpoint/refl_lora"
@@ -217,10 +219,12 @@ def read_options(arguments: list[str]) -> Options:
     import tyro  # here, because the doctor imports this module to check whether tyro is installed
 
     options = tyro.cli(Options, args=expand(arguments), use_underscores=True, description=describe(Options))
-    if options.reward_target == "default":
-        from refl.reward import rewards  # likewise
+    with naming_file(options):
+        check_numbers(options)
+        if options.reward_target == "default":
+            from refl.reward import rewards  # likewise
 
-        options.reward_target = rewards.default_target(options.reward)
+            options.reward_target = rewards.default_target(options.reward)
     return options
 
 
@@ -252,23 +256,28 @@ def _paths(files: Files) -> list[Path]:
     return paths
 
 
-def _read(file: Path) -> dict:
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise UserError(f"{file} cannot be read (not a JSON object of options).")
+def _read(file: Path) -> dict[str, Any]:
+    """The options in a file by their names, which may be spelled with hyphens, as on the command line."""
+    content = check_types(read_json(file), {}, file, "It should be like a run's options.json.")
     return {name.replace("-", "_"): value for name, value in content.items()}
 
 
 def _read_arguments(file: Path) -> list[str]:
     """Convert a file of options to command-line arguments; raises `UserError` that names the file."""
     skipped = (*COMMAND_ONLY, "description")
-    if names := [name for name in _read(file) if not re.fullmatch("[a-z][a-z0-9_]*", name)]:
-        raise UserError(f"{file}: {names[0]!r} is not the name of an option; --help lists them.")
-    arguments = [_as_argument(name, value) for name, value in _read(file).items() if name not in skipped]
+    options = {name: value for name, value in _read(file).items() if name not in skipped}
+    arguments = [_as_argument(name, value) for name, value in options.items()]
+    known = vars(Options()).keys()
+    for argument, (name, value) in zip(arguments, options.items(), strict=True):
+        if name not in known or not isinstance(value, str | int | float | None):
+            raise _wrong_option(file, argument)
     if not _is_valid(arguments):
-        wrong = next(argument for argument in arguments if not _is_valid([argument]))
-        raise UserError(f"{file}: {wrong} is not an option or not a value of it; --help lists them.")
+        raise _wrong_option(file, next(argument for argument in arguments if not _is_valid([argument])))
     return arguments
+
+
+def _wrong_option(file: Path, argument: str) -> UserError:
+    return UserError(f"{file}: {argument} is not an option or not a value of it; --help lists them.")
 
 
 def _as_argument(name: str, value: str | int | float | bool | None) -> str:
@@ -286,10 +295,19 @@ def _is_valid(arguments: list[str]) -> bool:
     return True
 
 
-def _origin(options: Options, name: str, value: Any) -> str:
-    """The file that an option is from, for a message; "" for the command line and defaults."""
-    files = [file for file in _paths(options) if _read(file).get(name) == value]
-    return f" (in {files[-1]})" if files else ""
+@contextmanager
+def naming_file(options: Options) -> Iterator[None]:
+    """Add the file to a `UserError` about an option that was given in a preset or an options file."""
+    try:
+        yield
+    except UserError as error:
+        name = re.match(r"(?:--(\w+) )?", str(error))[1]
+        value = getattr(options, name or "", None)
+        start = f"--{name} {value}"
+        files = [file for file in _paths(options) if str(_read(file).get(name, start)) == str(value)]
+        if not files or not str(error).startswith(start):
+            raise
+        raise UserError(f"{start} (in {files[-1]}){str(error).removeprefix(start)}") from error
 
 
 # Options of one command, not of the run.
@@ -371,6 +389,16 @@ def check_values(options: Options) -> None:
             lambda v: o.train_batch_size % v == 0,
             f"divide --train_batch_size {o.train_batch_size}",
         ),
+        (
+            "gradient_accumulation_steps",
+            lambda v: v * o.train_batch_size <= MAX_STEP_IMAGES,
+            f"be at most {MAX_STEP_IMAGES:,} divided by --train_batch_size {o.train_batch_size}",
+        ),
+        (
+            "validation_images_per_prompt",
+            lambda v: v * o.num_validation_images <= MAX_STEP_IMAGES,
+            f"be at most {MAX_STEP_IMAGES:,} divided by --num_validation_images {o.num_validation_images}",
+        ),
         ("max_stop", lambda v: o.min_stop <= v, f"not be below --min_stop {o.min_stop}"),
         (
             "max_stop",
@@ -405,6 +433,6 @@ def check_values(options: Options) -> None:
     )
     for names, is_valid, demand in demands:
         for name in names.split():
-            if not is_valid(getattr(options, name)):
-                value = getattr(options, name)
-                raise UserError(f"--{name} {value}{_origin(options, name, value)}: must {demand}.")
+            if not is_valid(value := getattr(options, name)):
+                with naming_file(options):
+                    raise UserError(f"--{name} {value}: must {demand}.")
