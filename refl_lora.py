@@ -22,8 +22,7 @@ Departures from the published code:
   none waits for another's longer rollout; none shares noise.
 - Computes x0 instead of sampling it; scores in float32, on images resized with antialiasing.
 - Encodes prompts once, before training.
-- Goes from x_T to x_k in fewer, larger steps if so asked (--rollout_steps), or takes the gradient through
-  more steps than one (--plan).
+- Goes from x_T to x_k in fewer steps (--rollout_steps) or takes the gradient through more (--plan) if asked.
 - Resumes bit for bit: no random state exists, and the learning rate is a function of the updates made.
 
 Start it with train_refl_lora.sh. `refl_lora.py --help` explains every option.

@@ -88,8 +88,9 @@ def test_the_first_gradient_of_a_reward_costs_three_reads(step):
 def test_a_validation_sends_and_reads_once(process, tiny):
     case = Case(options={"low_memory": True, "held_out_reward": "imagereward"})
     report = fake_cuda.call(process, fake_cuda_step.validation, tiny, case)
-    # The order of the images is sent, scores are read, the held-out reward's first scores are checked.
-    assert report.syncs.total() == 3, report.syncs
+    # The order of the images is sent, scores are read, the held-out reward's first scores and the first
+    # features are checked.
+    assert report.syncs.total() == 4, report.syncs
 
 
 # ---------------------------------------------------------------------- faults that these tests must not miss

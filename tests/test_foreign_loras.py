@@ -4,6 +4,7 @@ import pickle
 
 from refl.model import merge
 from refl.model.lora import LORA_FILE, _pack, _read_about, add_lora, pack_lora, to_kohya
+from refl.model.lora_check import check_applied
 from refl.model.pipeline import load_lora, load_pipeline
 from refl.model.stable_diffusion import load_stable_diffusion
 from refl.system.errors import UserError
@@ -118,14 +119,14 @@ REFUSED = {  # from kohya's weights, to others and the message
         "is not a LoRA: .*but conv_in.weight and 0 others",
     ),
     "nothing": (lambda k: {}, "is not a LoRA: it holds no matrices of one"),
-    "half of its keys": (half, "does not fit this model"),
-    "no up": (lambda k: {key: v for key, v in k.items() if "lora_up" not in key}, "does not fit this model"),
+    "half of its keys": (half, "is not complete: .* has no partner"),
+    "no up": (lambda k: {key: v for key, v in k.items() if "lora_up" not in key}, "is not complete"),
     "half of its alphas": (
         lambda k: {key: v for key, v in k.items() if ".alpha" not in key or "attn1" in key},
         "does not fit this model: it has 40 alphas for 80 layers",
     ),
     "layers of another model": (lambda k: other("attn1", k), "does not fit this model"),
-    "a scalar": (with_key("lora_down.weight", torch.tensor(1.0)), "does not fit this model"),
+    "a scalar": (with_key("lora_down.weight", torch.tensor(1.0)), "is not complete"),
     "another width": (
         lambda k: k | layer(f"{BLOCK}_transformer_blocks_0_attn1_to_q", 9, 8),
         "does not fit this model; .*another architecture",
@@ -147,11 +148,7 @@ def test_refused(kohya, pipeline, tmp_path, case):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (half, "80 of 160 matrices are not in the file"),
-        (
-            lambda w: other("lora.up", w),
-            r"does not fit this model: \d+ of its 160 matrices fit no layer",
-        ),
+        (lambda w: other("attn1", w), "does not fit this model: 40 of its 160 matrices fit no layer"),
         (
             lambda w: {key.removeprefix("unet."): v for key, v in w.items()},
             "160 of its 160 matrices fit no layer",
@@ -164,6 +161,14 @@ def test_our_format_with_other_keys_is_refused(parts, ours, pipeline, tmp_path, 
     (tmp_path / LORA_FILE).write_bytes(_pack(change(load(ours)), about))
     with pytest.raises(UserError, match=message):
         load_lora(pipeline, tmp_path, 1.0)
+
+
+def test_layers_that_the_file_does_not_name_are_noticed(ours, pipeline, tmp_path):
+    (tmp_path / LORA_FILE).write_bytes(ours)
+    load_lora(pipeline, tmp_path, 1.0)
+    save_file(half(load(ours)), tmp_path / LORA_FILE)
+    with pytest.raises(UserError, match="80 of 160 matrices are not in the file"):
+        check_applied(tmp_path / LORA_FILE, (pipeline.unet, pipeline.text_encoder))
 
 
 @pytest.mark.parametrize(

@@ -365,7 +365,7 @@ def test_an_options_file_cannot_start_anew(run, tiny, tmp_path, monkeypatch, cap
     assert contents(run) == before
     for name in ("resume_from_checkpoint=none --seed", "--seed", "Seed"):
         (tmp_path / "options.json").write_text(json.dumps({name: 1}))
-        with pytest.raises(UserError, match="is not the name of an option"):
+        with pytest.raises(UserError, match="is not an option or not a value of it"):
             run_in_process(refl_lora, monkeypatch, *options)
 
 

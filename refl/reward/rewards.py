@@ -152,7 +152,7 @@ class WeightedRewards:
             raise UserError(f"{self._label(name)}: features() returned {got}; expected ({count}, width).")
         if name not in self.unit_length:
             lengths = features.float().norm(dim=1)
-            if not torch.allclose(lengths, torch.ones_like(lengths), atol=0.02):
+            if not ((lengths - 1).abs() <= 0.02).all():
                 raise UserError(
                     f"{self._label(name)}: features() returned vectors of length {lengths.tolist()}; divide "
                     "them by it."
