@@ -29,3 +29,5 @@ class RewardSpec:
     """As `load`, with all weights on the meta device, for counting memory. None: it is not counted."""
     default_target: float | None = 2.0
     """--reward_target if none is given; None maximises the plain reward."""
+    scale: str = ""
+    """The scores to expect, for people: "about 0.15 to 0.35"."""

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refl.reward import imagereward
+from refl.reward import aesthetic, clip, hpsv2, imagereward, pickscore
+from refl.reward.clip_tower import embedding_once
 from refl.reward.contract import Reward, RewardSpec
 from refl.system.errors import UserError, is_first_process
 from refl.system.files import require
@@ -33,7 +34,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-REWARDS: dict[str, RewardSpec] = {"imagereward": imagereward.SPEC}
+REWARDS: dict[str, RewardSpec] = {
+    "imagereward": imagereward.SPEC,
+    "pickscore": pickscore.SPEC,
+    "hpsv2": hpsv2.SPEC,
+    "hpsv2.1": hpsv2.SPEC_2_1,
+    "clip": clip.SPEC,
+    "aesthetic_v1": aesthetic.SPEC_V1,
+    "aesthetic_v2": aesthetic.SPEC_V2,
+}
 
 
 class WeightedRewards:
@@ -50,7 +59,8 @@ class WeightedRewards:
         Raises `UserError` for scores of the wrong shape. Values are checked until the first valid gradient,
         and once for scores without gradient: scores and gradients must be finite, and a gradient must exist.
         """
-        return torch.stack([self._scores(name, images, prompts) for name in self.rewards])
+        with embedding_once():
+            return torch.stack([self._scores(name, images, prompts) for name in self.rewards])
 
     @torch.no_grad()
     def score(self, images: Sequence[Image.Image], prompt: str, device: torch.device) -> Tensor:

@@ -62,10 +62,10 @@ def sync_folder(path: Path) -> None:
 
 
 def require(files: dict[Path, str]) -> None:
-    """Raise `UserError` that names all missing files at once, each with its source on the Hugging Face
-    Hub."""
+    """Raise `UserError` that names all missing files at once, each with its source: an address, or a
+    repository on the Hugging Face Hub."""
     missing = [
-        f"  {path}  (on the Hugging Face Hub: {source})"
+        f"  {path}  ({source if '://' in source else f'on the Hugging Face Hub: {source}'})"
         for path, source in files.items()
         if not path.exists()
     ]
