@@ -11,13 +11,14 @@ import torch
 
 FOLDER = "clip-vit-large-patch14"
 SOURCE = f"openai/{FOLDER}"
+STYLE = Style(clean=clip_tower.clean)
 
 
 def load_tower(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Tower:
     """The ViT-L/14 in `folder`, frozen; the same one for every reward that builds on it."""
     own = Path(folder) / FOLDER
     files = Files(clip_tower.weights_file(own), own / "config.json", own, SOURCE)
-    return clip_tower.load_tower(files, Style(), device, dtype)
+    return clip_tower.load_tower(files, STYLE, device, dtype)
 
 
 def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Cosine:

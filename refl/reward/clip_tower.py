@@ -5,7 +5,9 @@ within `embedding_once()` it embeds each tensor of images once for all of them. 
 kept.
 """
 
+import html
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +22,7 @@ from refl.reward.preprocessing import preprocess, preprocess_pil
 from refl.reward.scorer import Scorer, check_prompts
 from refl.system.errors import UserError, is_first_process
 
+import ftfy
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -52,6 +55,15 @@ class Files:
     source: str  # where all of them are published, for messages
     name_of: Callable[[str], str] = lambda key: key  # transformers' key -> the key in the file
     value_of: Callable[[str, Tensor], Tensor] = lambda key, value: value  # the part of the value there
+
+
+def clean(prompt: str) -> str:
+    """A prompt as OpenAI's and open_clip's tokenizers read it: mended encoding, plain quotes, no HTML.
+
+    transformers' tokenizer does not do that.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip().lower()
 
 
 # -------------------------------------------------------------------------------------------------- the model

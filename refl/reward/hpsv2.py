@@ -6,7 +6,6 @@ prompts are cleaned as open_clip does. The published files are open_clip's; `nam
 of transformers' weights in them.
 """
 
-import html
 import re
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from refl.reward import clip_tower
 from refl.reward.clip_tower import Cosine, Files, Style
 from refl.reward.contract import RewardSpec
 
-import ftfy
 import torch
 from torch import Tensor
 
@@ -59,13 +57,7 @@ def value_of(key: str, value: Tensor) -> Tensor:
     return value.T.contiguous() if key.endswith("_projection.weight") and value.ndim == 2 else value
 
 
-def clean(prompt: str) -> str:
-    """A prompt as open_clip's tokenizer reads it: mended encoding, plain quotes, no HTML, lower case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", text).strip().lower()
-
-
-STYLE = Style(pads=True, clean=clean)
+STYLE = Style(pads=True, clean=clip_tower.clean)
 
 
 def load(
