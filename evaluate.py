@@ -70,7 +70,7 @@ class Options(drawing.LoraOptions, drawing.ImageOptions):
     held_out_reward: str | None = None
     """Rewards that were not trained on, in the same syntax; each is reported separately."""
     reward_path: str = "checkpoint"
-    """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
+    """Folder of the rewards' files, placed as in checkpoint/README.md."""
     sweep_lora_scale: str | None = None
     """Scales such as 0,0.5,1,1.5 in place of --lora_scale."""
     sweep_guidance: str | None = None
@@ -301,10 +301,11 @@ def score(
             images = torch.stack([to_tensor(sample.read()) for sample in batch])  # (B, 3, H, W) in [0, 1]
             saturated = ((images == 0) | (images == 1)).float().mean((1, 2, 3))  # (B,)
             images = images.to(device)
-            scores = scorers(images, [prompts[sample.prompt_index] for sample in batch])  # (K, B)
+            with rewards.embedding_once():
+                scores = scorers(images, [prompts[sample.prompt_index] for sample in batch])  # (K, B)
+                features.append(scorers.features(images))
             by_name = dict(zip(scorers.rewards, scores, strict=True)) | {REWARD: scorers.total(scores)}
             values.append(torch.stack([*(by_name[name].cpu() for name in names), saturated], dim=1).float())
-            features.append(scorers.features(images))
             bar.update(len(batch))
     values = torch.cat(values).numpy()
     if not groups:  # more processes than prompts

@@ -51,7 +51,7 @@ def preprocess_pil(
     """A PIL image or an image file as (1, 3, size, size), as `preprocess` but in 8 bits where it is cropped.
 
     The image is resized and cropped in its own mode, then converted to RGB, or with `rgb_first` or `pads` the
-    other way round. Raises `UserError` for a file that cannot be read.
+    other way round; alpha is dropped. Raises `UserError` for a file that cannot be read.
     """
     image = image if isinstance(image, Image.Image) else read_image(image)
     if pads:  # as published: converted to a tensor, then resized

@@ -2,11 +2,13 @@
 
 `contract.Reward` says what a reward is. `--reward` names them:
 
-    imagereward                                   one of REWARDS
+    imagereward, pickscore, hpsv2, clip, ...      one of REWARDS
     my_rewards:redness                            the function `redness` of the module `my_rewards`
     imagereward:1.0,my_rewards:redness:0.5        1.0 x the first + 0.5 x the second
 
 To add one to REWARDS, write a file with its `RewardSpec` and add a line here.
+
+Rewards have scales of their own, which the weights of a sum have to even out: `scales` tells them.
 
 In place of a function there may be a class. Every process instantiates it once, without arguments, and calls
 the instance; an nn.Module is frozen and moved to the device. Load weights there: a module is imported before
@@ -191,10 +193,24 @@ def parse_held_out(specification: str | None) -> dict[str, tuple[float, RewardSp
 
 
 def default_target(specification: str) -> float | None:
-    """--reward_target if none is given: that of the reward, or 2.0 for a weighted sum, whose scale is
-    unknown."""
-    specs = [spec for _, spec in parse(specification).values()]
-    return specs[0].default_target if len(specs) == 1 else 2.0
+    """--reward_target if none is given: the weighted sum of the rewards' own, None with a negative weight.
+
+    2.0 for a sum with a function, whose scale is unknown.
+    """
+    parsed = parse(specification)
+    if len(parsed) > 1 and not parsed.keys() <= REWARDS.keys():
+        return 2.0
+    targets = [(weight, spec.default_target) for weight, spec in parsed.values()]
+    if any(weight < 0 or target is None for weight, target in targets):
+        return None
+    return sum(weight * target for weight, target in targets)
+
+
+def scales(specification: str) -> str:
+    """The scores to expect from each reward that says so, for people."""
+    return "; ".join(
+        f"{name}: {spec.scale}" for name, (_, spec) in parse(specification).items() if spec.scale
+    )
 
 
 def required_files(specification: str, folder: str | Path, held_out: str | None = None) -> dict[Path, str]:

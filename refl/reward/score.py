@@ -1,5 +1,6 @@
 """Score image files for a prompt: python -m refl score "a red fox" *.png"""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +30,7 @@ class Options:
     reward: str = "imagereward"
     """The reward, as in training: one or a weighted sum."""
     reward_path: str = "checkpoint"
-    """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
+    """Folder of the rewards' files, placed as in checkpoint/README.md."""
     device: str | None = None
     """"cuda", "cuda:1", "cpu", ...; None: a GPU if there is one."""
     batch_size: int = 8
@@ -64,5 +65,7 @@ def main() -> None:
     print("rank   score  image")
     for rank, (score, path) in enumerate(sorted(scored, key=lambda pair: -pair[0]), 1):
         print(f"{rank:4}  {score:+.3f}  {path}")
+    if scales := rewards.scales(options.reward):
+        print(scales, file=sys.stderr)
     if unreadable:
         raise UserError(" ".join(unreadable))
