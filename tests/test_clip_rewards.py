@@ -4,10 +4,13 @@ They are held against transformers' own model and processor and against a plain 
 compares them with the published packages at full size.
 """
 
+import json
 import shutil
 import sys
 
+import evaluate
 import refl_lora
+from refl.model.lora import add_lora
 from refl.preflight import memory
 from refl.reward import aesthetic, clip, clip_tower, hpsv2, pickscore, preprocessing, rewards
 from refl.reward import score as command
@@ -18,7 +21,7 @@ import numpy as np
 import plain_clip
 import pytest
 import torch
-from conftest import run_in_process
+from conftest import run_in_process, save_lora, weight_options
 from parity.clips import PROMPTS as NAMED_PROMPTS
 from parity.parity import ALL_IMAGES, to_tensor
 from random_checkpoint import SIZES, write_clip_rewards
@@ -549,6 +552,53 @@ def test_targets_and_scales():
     assert rewards.default_target("pickscore:2") == 50 and rewards.default_target("clip:1,hpsv2:-1") is None
     assert rewards.scales("pickscore:2,clip").startswith("pickscore: about 19 to 24")
     assert all(spec.scale for spec in rewards.REWARDS.values())
+
+
+def test_ties_are_counted_in_the_unit_of_each_reward():
+    margins = rewards.tie_margins(["reward", "hpsv2", "clip", "imagereward", "my.red"], "hpsv2:2", 0.1)
+    assert list(margins.values()) == pytest.approx([0.006, 0.003, 0.003, 0.1, 0.1])
+    assert rewards.tie_margins(["reward"], "imagereward:0.5,hpsv2", 0.1) == {"reward": 0.1}
+    assert rewards.tie_margins(["reward"], "imagereward", 0.01) == {"reward": 0.01}
+
+
+def test_the_suite_is_every_reward_whose_files_are_there(clips, tmp_path):
+    everything = "hpsv2,pickscore,hpsv2.1,clip,aesthetic_v1,aesthetic_v2"
+    assert rewards.suite("imagereward", "hpsv2", clips) == everything
+    assert rewards.suite("pickscore:2,clip", None, clips) == "hpsv2,hpsv2.1,aesthetic_v1,aesthetic_v2"
+    folder = copy(clips, tmp_path)
+    (folder / pickscore.TOKENIZER / "merges.txt").unlink()
+    (folder / aesthetic.V1).unlink()
+    assert rewards.suite("imagereward", None, folder) == "clip,aesthetic_v2"
+    assert rewards.suite("imagereward", None, tmp_path / "nowhere") is None
+
+
+def test_evaluation_by_the_suite(clips, tiny, parts, tmp_path, prompts_file, monkeypatch, capsys):
+    folder = copy(clips, tmp_path)
+    add_lora(parts.unet, 2, 2, 0)
+    lora = save_lora(parts.unet, tmp_path, {"reward": "pickscore"})
+    other = shutil.copy(lora, tmp_path / "other.safetensors")
+    run_in_process(
+        evaluate, monkeypatch, *weight_options(tiny), f"--reward_path={folder}", "--reward=pickscore",
+        "--suite", f"--prompts={prompts_file}", *"--num_images_per_prompt 2 --num_inference_steps 2".split(),
+        "--lora_paths", str(lora), str(other), f"--output_dir={tmp_path / 'evaluation'}",
+    )  # fmt: skip
+    evaluation = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    measured = {
+        "reward",
+        "hpsv2",
+        "hpsv2.1",
+        "clip",
+        "aesthetic_v1",
+        "aesthetic_v2",
+        "diversity",
+        "saturated",
+    }
+    assert set(evaluation["measures"]) == measured
+    assert all(case["means"].keys() == measured for case in evaluation["cases"])
+    [header] = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("mean, 95 % interval")
+    ]
+    assert header.split()[4:] == evaluation["measures"]
 
 
 def test_prompts_are_checked_and_cut_with_a_warning(clips, caplog):

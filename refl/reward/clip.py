@@ -37,5 +37,6 @@ SPEC = RewardSpec(
     required_files,
     lambda folder, dtype: load(folder, "meta", dtype),
     default_target=0.4,
+    unit=0.03,
     scale="about 0.15 to 0.35",
 )

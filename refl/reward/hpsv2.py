@@ -86,6 +86,7 @@ def _spec(name: str, scale: str) -> RewardSpec:
         partial(required_files, name=name),
         lambda folder, dtype: load(folder, "meta", dtype, name),
         default_target=0.4,
+        unit=0.03,
         scale=scale,
     )
 

@@ -21,7 +21,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,15 @@ def parse_held_out(specification: str | None) -> dict[str, tuple[float, RewardSp
     return parse(specification, "--held_out_reward") if specification else {}
 
 
+def load_with_held_out(
+    specification: str, held_out: str | None, folder: str | Path, device: torch.device, dtype: torch.dtype
+) -> WeightedRewards:
+    """As `load`, with the held-out rewards at weight 0."""
+    scorers = load(specification, folder, device, dtype)
+    others = load(held_out, folder, device, dtype, "--held_out_reward").rewards if held_out else {}
+    return WeightedRewards(scorers.rewards | others, scorers.weights | dict.fromkeys(others, 0.0))
+
+
 def default_target(specification: str) -> float | None:
     """--reward_target if none is given: the weighted sum of the rewards' own, None with a negative weight.
 
@@ -211,6 +220,25 @@ def scales(specification: str) -> str:
     return "; ".join(
         f"{name}: {spec.scale}" for name, (_, spec) in parse(specification).items() if spec.scale
     )
+
+
+def suite(trained: str, held_out: str | None, folder: str | Path) -> str | None:
+    """`held_out` and every reward of REWARDS whose files are in `folder` and that is not named yet."""
+    named = parse(trained) | parse_held_out(held_out)
+    there = (name for name, spec in REWARDS.items() if all(map(Path.exists, spec.files(Path(folder)))))
+    return (
+        ",".join([*([held_out] if held_out else []), *(name for name in there if name not in named)]) or None
+    )
+
+
+def tie_margins(names: Iterable[str], trained: str, margin: float) -> dict[str, float]:
+    """--tie_margin in the unit of each reward; "reward" is the trained one. That of functions and sums is
+    1."""
+    units = {name: spec.unit for name, spec in REWARDS.items()}
+    if len(parsed := parse(trained)) == 1:
+        [(weight, spec)] = parsed.values()
+        units["reward"] = abs(weight) * spec.unit
+    return {name: margin * units.get(name, 1.0) for name in names}
 
 
 def required_files(specification: str, folder: str | Path, held_out: str | None = None) -> dict[Path, str]:
