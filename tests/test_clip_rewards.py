@@ -7,15 +7,17 @@ compares them with the published packages at full size.
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import evaluate
 import refl_lora
 from refl.model.lora import add_lora
-from refl.preflight import memory
+from refl.preflight import cost, memory
 from refl.reward import aesthetic, clip, clip_tower, hpsv2, pickscore, preprocessing, rewards
 from refl.reward import score as command
 from refl.system.errors import UserError
 from refl.system.files import require
+from refl.train.options import Options
 
 import numpy as np
 import plain_clip
@@ -408,11 +410,21 @@ def test_changed_files_are_another_tower(clips, tmp_path):
     torch.testing.assert_close(after(IMAGES, ["a", "b"]), -before(IMAGES, ["a", "b"]))
 
 
-def test_shared_weights_are_counted_once(clips):
-    judges = [rewards.REWARDS[name].load_empty(clips, torch.float32) for name in ("clip", "aesthetic_v1")]
-    both, alone = memory._frozen_bytes(judges), memory._frozen_bytes(judges[:1])
-    assert both - alone == 4 * 21  # the linear head
-    assert all(parameter.is_meta for judge in judges for parameter in judge.parameters())
+@pytest.mark.parametrize("reward, vision", [("clip", 1), ("clip,aesthetic_v1", 1), ("clip,pickscore", 2)])
+def test_a_shared_tower_is_counted_once(clips, tiny, reward, vision):
+    model = str(tiny / "stable-diffusion-v1-4")
+    options = Options(pretrained_model_name_or_path=model, reward_path=str(clips), reward=reward)
+    part = "decoder and reward"
+    counted = memory.count(options, torch.float32, 64)[part]
+    one = memory.count(replace(options, reward="clip"), torch.float32, 64)[part]
+    flops, of_one = (
+        cost.count_parts(some, torch.float32, 64).reward_gradient
+        for some in (options, replace(options, reward="clip"))
+    )
+    if vision == 1:
+        assert counted == pytest.approx(one, abs=1e-6) and flops == pytest.approx(of_one, rel=1e-3)
+    else:
+        assert counted[0] > 1.0001 * one[0] and flops > 1.5 * of_one
 
 
 # ------------------------------------------------------------------------------------------------------ files

@@ -232,7 +232,7 @@ def load_tower(files: Files, style: Style, device: str | torch.device, dtype: to
 
     On the device "meta" it has no weights, and only their shapes are read. Raises `UserError`.
     """
-    device = torch.device(device)
+    device = torch.empty(0, device=device).device  # "cuda" has an index then, as that of a tower
     stamps = [_stamp(path) for path in (files.weights, files.config, files.tokenizer / "vocab.json")]
     key = *stamps, style, device, dtype
     tower = _loaded.get(key)
