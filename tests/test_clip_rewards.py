@@ -390,6 +390,17 @@ def test_a_prompt_has_the_same_bits_beside_any_other(clips):
         assert torch.equal(tower.embed_prompts(["a hill"]), together[1:])
 
 
+def test_a_kept_prompt_does_not_depend_on_the_first_caller(clips):
+    reward = clip.load(clips)
+    expected = reward.tower.embed_prompts(["a hill"])
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        reward.tower._prompts.clear()
+        with mode:
+            assert torch.equal(reward.tower.embed_prompts(["a hill"]), expected)
+        images = IMAGES[:1].clone().requires_grad_()
+        assert torch.autograd.grad(reward(images, ["a hill"]).sum(), images)[0].any()
+
+
 def test_few_prompts_are_kept(clips, monkeypatch):
     monkeypatch.setattr(clip_tower, "MAX_PROMPTS", 3)
     tower = clip.load(clips).tower

@@ -22,7 +22,6 @@ from refl.reward.preprocessing import preprocess, preprocess_pil
 from refl.reward.scorer import Scorer, check_prompts
 from refl.system.errors import UserError, is_first_process
 
-import ftfy
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -60,8 +59,12 @@ class Files:
 def clean(prompt: str) -> str:
     """A prompt as OpenAI's and open_clip's tokenizers read it: mended encoding, plain quotes, no HTML.
 
-    transformers' tokenizer does not do that.
+    transformers' tokenizer does not do that. Raises `UserError` without the library ftfy.
     """
+    try:
+        import ftfy
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed. Run: pip install -r requirements.txt") from error
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip().lower()
 
@@ -118,7 +121,6 @@ class Tower(nn.Module):
         hidden = self.clip.vision_model(pixel_values=pixels.to(self.dtype)).pooler_output
         return self._project(hidden, self.clip.visual_projection)
 
-    @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:  # (B, width)
         """Embed prompts, each of them once and alone, so that the others do not change its rounding."""
         weight = self.clip.text_projection.weight
@@ -135,8 +137,10 @@ class Tower(nn.Module):
         # Without an attention mask: the text transformer is causal, so what follows the last token of the
         # prompt, at which the embedding is read, changes nothing.
         ids = self.tokenize(prompt).to(self.device, non_blocking=True)
-        hidden = self.clip.text_model(input_ids=ids).pooler_output
-        return self._project(hidden, self.clip.text_projection)
+        # Kept, so independent of what the caller does: autograd, inference mode, autocast.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            hidden = self.clip.text_model(input_ids=ids).pooler_output
+            return self._project(hidden, self.clip.text_projection)
 
     def _project(self, hidden: Tensor, projection: nn.Linear) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
