@@ -73,15 +73,17 @@ class Options(drawing.LoraOptions, drawing.ImageOptions):
     """The trained reward: one or a weighted sum, as in training."""
     held_out_reward: str | None = None
     """Rewards that were not trained on, in the same syntax; each is reported separately."""
+    suite: bool = False
+    """Hold out every built-in reward whose files are in --reward_path; print a table of all LoRAs."""
     reward_path: str = "checkpoint"
-    """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
+    """Folder of the rewards' files, placed as in checkpoint/README.md."""
     sweep_lora_scale: str | None = None
     """Scales such as 0,0.5,1,1.5 in place of --lora_scale."""
     sweep_guidance: str | None = None
     """Guidances such as 1,3,7.5 in place of --guidance_scale. The base model and each LoRA are then also
     compared at the best of them for each, by the first held-out reward, or by the reward if there is none."""
     tie_margin: float = 0.01
-    """Two images tie if their scores differ by no more than this."""
+    """Two images tie if their scores differ by no more than this; hpsv2's and clip's are counted in 0.03."""
     output_dir: str = "result/evaluation"
     """Folder of report.html, evaluation.json, images.csv, prompts.csv, grid.png and images/."""
 
@@ -94,6 +96,8 @@ def main() -> None:
 
     # ---- options and cases
     options = read_options(Options)
+    if options.suite:
+        options.held_out_reward = rewards.suite(options.reward, options.held_out_reward, options.reward_path)
     doctor.check_files(options)
     loras = find_loras(options.lora_paths)
     paths = [lora.path for lora in loras]
@@ -163,7 +167,7 @@ def main() -> None:
         "num_images_per_prompt": options.num_images_per_prompt,
         "reward": options.reward,
         "measures": list(results.prompt_means),
-    } | compare(results, options.tie_margin)
+    } | compare(results, rewards.tie_margins(names, options.reward, options.tie_margin))
     report(results, evaluation, options, output)
 
 
@@ -269,12 +273,8 @@ def set_lora(
 
 def load_scorers(options: Options, device: torch.device, prompt: str) -> rewards.WeightedRewards:
     """Load all rewards, the held-out ones with weight 0, and try them on an image of noise."""
-    scorers = rewards.load(options.reward, options.reward_path, device, torch.float32)
-    if options.held_out_reward:
-        held_out = rewards.load(
-            options.held_out_reward, options.reward_path, device, torch.float32, "--held_out_reward"
-        )
-        scorers = scorers.and_held_out(held_out)
+    named = options.reward, options.held_out_reward
+    scorers = rewards.load_with_held_out(*named, options.reward_path, device, torch.float32)
     side = resolution_of(options.pretrained_model_name_or_path, options.resolution)
     with torch.no_grad():
         noise = torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(0))
@@ -300,10 +300,11 @@ def score(
             images = torch.stack([to_tensor(sample.read()) for sample in batch])  # (B, 3, H, W) in [0, 1]
             saturated = ((images == 0) | (images == 1)).float().mean((1, 2, 3))  # (B,)
             images = images.to(device)
-            scores = scorers(images, [prompts[sample.prompt_index] for sample in batch])  # (K, B)
+            with rewards.embedding_once():
+                scores = scorers(images, [prompts[sample.prompt_index] for sample in batch])  # (K, B)
+                features.append(scorers.features(images))
             by_name = dict(zip(scorers.rewards, scores, strict=True)) | {REWARD: scorers.finite_total(scores)}
             values.append(torch.stack([*(by_name[name].cpu() for name in names), saturated], dim=1).float())
-            features.append(scorers.features(images))
             bar.update(len(batch))
     values = torch.cat(values).numpy()
     if not groups:  # more processes than prompts

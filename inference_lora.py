@@ -48,7 +48,7 @@ class Options(drawing.LoraOptions, drawing.DrawingOptions):
     reward: str = "imagereward"
     """Reward shown with the images if its weights are available: one or a weighted sum, as in training."""
     reward_path: str = "checkpoint"
-    """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
+    """Folder of the rewards' files, placed as in checkpoint/README.md."""
     output_dir: str = "result/refl_lora"
     """Folder of the images, 0.png, 1.png, ..., and of grid.png and rewards.json."""
 

@@ -10,11 +10,21 @@ import re
 import string
 from pathlib import Path
 
-from refl.reward import imagereward
+from refl.reward import aesthetic, hpsv2, imagereward, pickscore
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPTextConfig, CLIPTextModel
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipVisionConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -27,6 +37,18 @@ SIZES = {
         "vision": {"width": 1024, "layers": 24, "heads": 16, "image": 224, "patch": 16},
         "bert": {"width": 768, "layers": 12, "heads": 12, "vocabulary": 30522},
         "head": (1024, 128, 64, 16, 1),
+        "clip_h": {
+            "vision": {"width": 1280, "layers": 32, "heads": 16, "image": 224, "patch": 14},
+            "text": {"width": 1024, "layers": 24, "heads": 16, "tokens": 77, "vocabulary": 49408},
+            "width": 1024,
+            "activation": "gelu",
+        },
+        "clip_l": {
+            "vision": {"width": 1024, "layers": 24, "heads": 16, "image": 224, "patch": 14},
+            "text": {"width": 768, "layers": 12, "heads": 12, "tokens": 77, "vocabulary": 49408},
+            "width": 768,
+            "activation": "quick_gelu",
+        },
     },
     "tiny": {
         "unet": {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
@@ -37,6 +59,18 @@ SIZES = {
         "vision": {"width": 32, "layers": 2, "heads": 4, "image": 32, "patch": 8},
         "bert": {"width": 24, "layers": 2, "heads": 3, "vocabulary": 100},
         "head": (16, 8, 8, 4, 1),
+        "clip_h": {
+            "vision": {"width": 40, "layers": 2, "heads": 2, "image": 32, "patch": 8},
+            "text": {"width": 32, "layers": 2, "heads": 4, "tokens": 77, "vocabulary": 600},
+            "width": 24,
+            "activation": "gelu",
+        },
+        "clip_l": {
+            "vision": {"width": 32, "layers": 2, "heads": 4, "image": 32, "patch": 8},
+            "text": {"width": 24, "layers": 2, "heads": 3, "tokens": 77, "vocabulary": 600},
+            "width": 20,
+            "activation": "quick_gelu",
+        },
     },
 }
 DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -109,8 +143,7 @@ def make_vae(spec: dict) -> AutoencoderKL:
 
 
 def write_clip(model: Path, width: int, layers: int, heads: int, tokens: int, vocabulary: int) -> None:
-    """Text encoder, and a byte-level tokenizer of the full vocabulary whose words beyond single bytes never
-    occur."""
+    """Text encoder and tokenizer."""
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -123,16 +156,21 @@ def write_clip(model: Path, width: int, layers: int, heads: int, tokens: int, vo
         pad_token_id=vocabulary - 1,
     )
     CLIPTextModel(config).half().save_pretrained(model / "text_encoder")
+    write_clip_tokenizer(model / "tokenizer", tokens, vocabulary)
+
+
+def write_clip_tokenizer(folder: Path, tokens: int, vocabulary: int) -> None:
+    """A byte-level tokenizer of `vocabulary` words, of which those beyond single bytes never occur."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's map from bytes to characters
     characters = [chr(byte) for byte in visible] + [chr(256 + index) for index in range(256 - len(visible))]
     words = characters + [character + "</w>" for character in characters]
     words += [f"unused{index}" for index in range(vocabulary - 2 - len(words))]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    (model / "tokenizer").mkdir()
-    write_json(model / "tokenizer" / "vocab.json", {word: index for index, word in enumerate(words)})
-    (model / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "vocab.json", {word: index for index, word in enumerate(words)})
+    (folder / "merges.txt").write_text("#version: 0.2\n")
     write_json(
-        model / "tokenizer" / "tokenizer_config.json",
+        folder / "tokenizer_config.json",
         {
             "tokenizer_class": "CLIPTokenizer",
             "model_max_length": tokens,
@@ -215,6 +253,104 @@ def make_reward(spec: dict, tokenizer: BertTokenizer) -> imagereward.ImageReward
         tokenizer,
         spec["head"],
     )
+
+
+def write_clip_rewards(folder: Path, spec: dict) -> None:
+    """The files of the rewards on CLIP, in their published formats and places."""
+    write_clip_folder(folder / "PickScore_v1", spec["clip_h"], open_clip_weights(spec["clip_h"]))
+    write_clip_folder(folder / "clip-vit-large-patch14", spec["clip_l"], open_clip_weights(spec["clip_l"]))
+    shared = folder / pickscore.TOKENIZER
+    clip_config(spec["clip_h"]).save_pretrained(shared)
+    for place in (shared, folder / "clip-vit-large-patch14"):
+        write_clip_tokenizer(place, spec["clip_h"]["text"]["tokens"], spec["clip_h"]["text"]["vocabulary"])
+    torch.save({"epoch": 1, "state_dict": open_clip_weights(spec["clip_h"])}, folder / "HPS_v2_compressed.pt")
+    torch.save({"state_dict": open_clip_weights(spec["clip_h"])}, folder / "HPS_v2.1_compressed.pt")
+    write_aesthetic_heads(folder, spec["clip_l"]["width"])
+
+
+def write_aesthetic_heads(folder: Path, width: int) -> None:
+    """The heads of both versions, random, with ratings near 5."""
+    for name, new_head in ((aesthetic.V1, aesthetic.linear_head), (aesthetic.V2, aesthetic.deep_head)):
+        weights = {
+            key: torch.randn(value.shape) * (value[0].numel() ** -0.5 if value.ndim > 1 else 0.1)
+            for key, value in new_head(width).state_dict().items()
+        }
+        weights[list(weights)[-1]] += 5
+        torch.save(weights, folder / name)
+
+
+def clip_config(spec: dict) -> CLIPConfig:
+    """Configuration of one of the CLIPs of `SIZES`."""
+    text, vision = spec["text"], spec["vision"]
+    return CLIPConfig(
+        text_config={
+            "vocab_size": text["vocabulary"],
+            "hidden_size": text["width"],
+            "intermediate_size": 4 * text["width"],
+            "num_hidden_layers": text["layers"],
+            "num_attention_heads": text["heads"],
+            "max_position_embeddings": text["tokens"],
+            "hidden_act": spec["activation"],
+            "bos_token_id": text["vocabulary"] - 2,
+            "eos_token_id": text["vocabulary"] - 1,
+        },
+        vision_config={
+            "hidden_size": vision["width"],
+            "intermediate_size": 4 * vision["width"],
+            "num_hidden_layers": vision["layers"],
+            "num_attention_heads": vision["heads"],
+            "image_size": vision["image"],
+            "patch_size": vision["patch"],
+            "hidden_act": spec["activation"],
+        },
+        projection_dim=spec["width"],
+    )
+
+
+def write_clip_folder(folder: Path, spec: dict, weights: dict[str, Tensor]) -> None:
+    """A model's folder as transformers saves it, with weights under open_clip's names."""
+    clip_config(spec).save_pretrained(folder)
+    with torch.device("meta"):
+        keys = CLIPModel(clip_config(spec)).state_dict()
+    values = {key: hpsv2.value_of(key, weights[hpsv2.name_of(key)]).contiguous() for key in keys}
+    save_file(values, folder / "model.safetensors", {"format": "pt"})
+
+
+def open_clip_weights(spec: dict) -> dict[str, Tensor]:
+    """Random weights of a CLIP under open_clip's names, at a scale that makes scores differ."""
+    text, vision, width = spec["text"], spec["vision"], spec["width"]
+    shapes = {
+        "positional_embedding": (text["tokens"], text["width"]),
+        "text_projection": (text["width"], width),
+        "visual.class_embedding": (vision["width"],),
+        "visual.positional_embedding": ((vision["image"] // vision["patch"]) ** 2 + 1, vision["width"]),
+        "visual.proj": (vision["width"], width),
+        "visual.conv1.weight": (vision["width"], 3, vision["patch"], vision["patch"]),
+        "token_embedding.weight": (text["vocabulary"], text["width"]),
+    }
+    norms = {"ln_final": text["width"], "visual.ln_pre": vision["width"], "visual.ln_post": vision["width"]}
+    for tower, sizes in (("", text), ("visual.", vision)):
+        for layer in range(sizes["layers"]):
+            block, own = f"{tower}transformer.resblocks.{layer}", sizes["width"]
+            for name, (out, into) in {
+                "attn.in_proj_": (3 * own, own),
+                "attn.out_proj.": (own, own),
+                "mlp.c_fc.": (4 * own, own),
+                "mlp.c_proj.": (own, 4 * own),
+            }.items():
+                shapes |= {f"{block}.{name}weight": (out, into), f"{block}.{name}bias": (out,)}
+            norms |= {f"{block}.ln_1": own, f"{block}.ln_2": own}
+    weights = {}
+    for name, shape in shapes.items():
+        is_embedding = "embedding" in name
+        fan_in = shape[0] if "proj" in name and "." not in name.removeprefix("visual.") else shape[-1]
+        fan_in = 3 * shape[-1] ** 2 if "conv1" in name else fan_in
+        std = 0.1 if name.endswith("bias") else 1.0 if is_embedding else fan_in**-0.5
+        weights[name] = torch.randn(shape) * std
+    for name, size in norms.items():
+        weights |= {f"{name}.weight": 1 + 0.1 * torch.randn(size), f"{name}.bias": 0.1 * torch.randn(size)}
+    weights["logit_scale"] = torch.tensor(4.6)
+    return weights
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -348,7 +348,7 @@ def made_up_results(criterion: str) -> Results:
 def test_the_best_is_compared_with_the_best(criterion):
     results = made_up_results(criterion)
     means = results.scores[criterion].mean((1, 2))
-    evaluation = compare(results, 0.01)
+    evaluation = compare(results, dict.fromkeys(results.rewards, 0.01))
     best = evaluation["best_against_best"]
     assert best["criterion"] == criterion and best["base"] == means[:4].argmax()  # 7.5 is a chance as well
     assert [own["case"] for own in best["loras"]] == [4 + means[4:7].argmax(), 7 + means[7:].argmax()]

@@ -8,6 +8,7 @@ import sys
 
 from refl.reward import imagereward
 from refl.reward import score as command
+from refl.reward.preprocessing import PIXEL_MEAN, PIXEL_STD
 from refl.system.errors import UserError
 
 import pytest
@@ -186,7 +187,7 @@ def test_half_precision_keeps_head_and_score_in_float32(tiny, reward):
 
 def in_levels(pixels: torch.Tensor) -> torch.Tensor:
     """Preprocessed pixels back in levels of 0 to 255."""
-    mean, std = (torch.tensor(stat).view(3, 1, 1) for stat in (imagereward.PIXEL_MEAN, imagereward.PIXEL_STD))
+    mean, std = (torch.tensor(stat).view(3, 1, 1) for stat in (PIXEL_MEAN, PIXEL_STD))
     return (pixels * std + mean) * 255
 
 
@@ -225,7 +226,7 @@ def test_preprocessing_is_centred_and_normalised():
     wide = torch.zeros(1, 3, 50, 150)
     wide[..., 50:100] = 1
     assert imagereward.preprocess(wide, 50).std() < 0.2  # only the white middle is left
-    mean = torch.tensor(imagereward.PIXEL_MEAN).view(3, 1, 1).expand(1, 3, 32, 32)
+    mean = torch.tensor(PIXEL_MEAN).view(3, 1, 1).expand(1, 3, 32, 32)
     assert imagereward.preprocess(mean, 32).abs().max() < 1e-6
     assert imagereward.preprocess(torch.zeros(2, 3, 33, 47).half(), 32).dtype == torch.float32
 

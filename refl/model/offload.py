@@ -32,7 +32,7 @@ def pin(model: torch.nn.Module) -> None:
             tensor.data = tensor.data.pin_memory()
 
 
-def pinned_size(model: torch.nn.Module) -> int:
-    """Bytes that `pin` takes for the frozen tensors of `model`: torch rounds each up to a power of two."""
-    tensors = (*model.parameters(), *model.buffers())
+def pinned_size(*models: torch.nn.Module) -> int:
+    """Bytes that `pin` takes for the frozen tensors of `models`: torch rounds each up to a power of two."""
+    tensors = {tensor for model in models for tensor in (*model.parameters(), *model.buffers())}
     return sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors if not tensor.requires_grad)

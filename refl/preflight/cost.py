@@ -72,7 +72,9 @@ def count_parts(options: Any, dtype: torch.dtype, resolution: int) -> Parts:
             return base.denoise(latents.clone(), torch.tensor([1]), embeds)
 
         def score(images: Tensor, judges: Sequence[torch.nn.Module]) -> Tensor:
-            return sum((judge(images.clone(), [""]) for judge in judges), images.mean()[None])
+            images = images.clone()
+            with rewards.embedding_once():
+                return sum((judge(images, [""]) for judge in judges), images.mean()[None])
 
         # Clones, because FlopCounterMode cannot see a leaf enter a module under autograd.grad.
         with torch.no_grad():

@@ -102,7 +102,11 @@ def check_files(options: Any) -> str:
         required_files(folder)
         | rewards.required_files(options.reward, options.reward_path, options.held_out_reward)
     )
-    return f"{folder}, {', '.join([*trained, *held_out])}"
+    target = rewards.default_target(options.reward)
+    scale = (
+        f"; {scales}; default --reward_target {target}" if (scales := rewards.scales(options.reward)) else ""
+    )
+    return f"{folder}, {', '.join([*trained, *held_out])}{scale}"
 
 
 def check_model_files(options: Any) -> str:

@@ -6,7 +6,7 @@ with the memory of the process: benchmarks/NOTES.md. What CUDA needs in addition
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +92,10 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
             size = options.decode_batch_size
             x0 = torch.empty(size, *shape, requires_grad=True)
             images = base.decode_for_gradient(x0).clamp(0, 1)
-            scores = [reward(images, [""] * size) for name, reward in judges.items() if name in trained_on]
+            with rewards.embedding_once():
+                scores = [
+                    reward(images, [""] * size) for name, reward in judges.items() if name in trained_on
+                ]
             torch.autograd.grad(sum(scores).sum() if scores else images.mean(), x0)
 
         def gradient() -> None:
@@ -100,8 +103,7 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
             torch.autograd.grad(eps, lora, torch.empty_like(eps))
 
         trained = 4 * sum(matrix.nbytes for matrix in lora)  # the LoRA, its gradient, AdamW's two means
-        decoders = {vae, base.gradient_decoder}
-        frozen = {model: _frozen_bytes(model) for model in (unet, *decoders, *judges.values())}
+        everything = {unet, vae, base.gradient_decoder, *judges.values()}
         parts = {
             "rollout": (rollout, [unet]),
             "decoder and reward": (decoder_and_reward, [base.gradient_decoder, *judges.values()]),
@@ -109,7 +111,7 @@ def count(options: Any, dtype: torch.dtype, resolution: int) -> dict[str, tuple[
         }
         counted = {}
         for name, (run, used) in parts.items():
-            weights = sum(size for model, size in frozen.items() if not low_memory or model in used)
+            weights = _frozen_bytes(used if low_memory else everything)
             counted[name] = (trained + weights) / 2**30, peak_of(run) / 2**30
         return counted
 
@@ -118,7 +120,7 @@ def pinned(options: Any, dtype: torch.dtype) -> float:
     """GiB of pinned host memory that each process needs for the frozen models with --low_memory."""
     judges = empty_rewards(options, dtype).values()
     with without_content(options.pretrained_model_name_or_path, options.rank, dtype) as base:
-        return sum(pinned_size(model) for model in (base.unet, base.vae, *judges)) / 2**30
+        return pinned_size(base.unet, base.vae, *judges) / 2**30
 
 
 @contextmanager
@@ -149,8 +151,9 @@ def empty_rewards(options: Any, dtype: torch.dtype) -> dict[str, nn.Module]:
     return {name: spec.load_empty(folder, dtype) for name, (_, spec) in specs.items() if spec.load_empty}
 
 
-def _frozen_bytes(model: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
+def _frozen_bytes(models: Iterable[nn.Module]) -> int:
+    parameters = {parameter for model in models for parameter in model.parameters()}  # models may share some
+    return sum(parameter.nbytes for parameter in parameters if not parameter.requires_grad)
 
 
 @contextmanager

@@ -59,11 +59,22 @@ def text(evaluation: dict, shown: int) -> str:
             for base, against in other_comparisons(evaluation, index):
                 rows.append((evaluation["cases"][index]["name"], base["name"], *_cells(against["reward"])))
         blocks.append(_aligned(rows))
+    if evaluation["options"].get("suite"):
+        blocks.append(_all_means(evaluation))
     if best := best_comparisons(evaluation):
         criterion = evaluation["best_against_best"]["criterion"]
         tables = "\n\n".join(_table(evaluation, *one) for one in best)
         blocks.append(f"Best against best: each at the guidance with its highest {criterion}\n{tables}")
     return printable("\n" + "\n\n".join(blocks) + "\n")
+
+
+def _all_means(evaluation: dict) -> str:
+    """Table of all cases and measures: the means, and half of their 95 % intervals."""
+    rows = [("mean, 95 % interval", *evaluation["measures"])]
+    for case in evaluation["cases"]:
+        means = (case["means"][name] for name in evaluation["measures"])
+        rows.append((case["name"], *(f"{m['mean']:.3f} ± {(m['high'] - m['low']) / 2:.3f}" for m in means)))
+    return _aligned(rows)
 
 
 def _table(evaluation: dict, case: dict, base: dict, differences: dict) -> str:

@@ -66,13 +66,13 @@ class Results:
 # ------------------------------------------------------------------------------------------------- comparison
 
 
-def compare(results: Results, tie_margin: float) -> dict:
+def compare(results: Results, tie_margins: dict[str, float]) -> dict:
     """Entries of evaluation.json: the means of each case, its differences from the base model at the same
     guidance and at its own default, and the best against the best.
 
-    "best_against_best" compares each LoRA, at each scale, at its best guidance with the base model at its
-    best. The best are chosen on the images that are compared, so both sides look slightly better than they
-    would on new images. None without a sweep of guidance.
+    `tie_margins`: by reward. "best_against_best" compares each LoRA, at each scale, at its best guidance with
+    the base model at its best. The best are chosen on the images that are compared, so both sides look
+    slightly better than they would on new images. None without a sweep of guidance.
     """
     means = np.stack([value.T for value in results.prompt_means.values()], axis=1)  # (P, M measures, C)
     intervals = statistics.bootstrap(means)  # (3: mean, low, high; M, C)
@@ -80,20 +80,20 @@ def compare(results: Results, tie_margin: float) -> dict:
     if results.best:
         base, *loras = results.best
         compared = [
-            {"case": i, "against_best_base": _differences(results, i, base, tie_margin)} for i in loras
+            {"case": i, "against_best_base": _differences(results, i, base, tie_margins)} for i in loras
         ]
         best = {"criterion": results.criterion, "base": base, "loras": compared}
     return {
         "shown": results.shown,
         "base_guidance_scale": results.base_guidance_scale,
         "cases": [
-            _entry(results, index, intervals[..., index], tie_margin) for index in range(len(results.cases))
+            _entry(results, index, intervals[..., index], tie_margins) for index in range(len(results.cases))
         ],
         "best_against_best": best,
     }
 
 
-def _entry(results: Results, index: int, intervals: np.ndarray, tie_margin: float) -> dict:
+def _entry(results: Results, index: int, intervals: np.ndarray, tie_margins: dict[str, float]) -> dict:
     """The entry of a case in evaluation.json. `intervals`: (3: mean, low, high; M)."""
     case, lora, base = results.cases[index], results.cases[index].lora, results.bases[index]
     default = None if results.default_base == base else results.default_base
@@ -109,14 +109,14 @@ def _entry(results: Results, index: int, intervals: np.ndarray, tie_margin: floa
             name: dict(zip(("mean", "low", "high"), interval, strict=True))
             for name, interval in zip(results.prompt_means, intervals.T.tolist(), strict=True)
         },
-        "against_base": _differences(results, index, base, tie_margin) if lora else None,
+        "against_base": _differences(results, index, base, tie_margins) if lora else None,
         "against_default_base": (
-            None if not lora or default is None else _differences(results, index, default, tie_margin)
+            None if not lora or default is None else _differences(results, index, default, tie_margins)
         ),
     }
 
 
-def _differences(results: Results, index: int, base: int, tie_margin: float) -> dict:
+def _differences(results: Results, index: int, base: int, tie_margins: dict[str, float]) -> dict:
     """By measure: the difference of a case from one of the base model, with a bootstrap interval; for rewards
     also the wins, ties and losses by image."""
     means = np.stack([value[index] - value[base] for value in results.prompt_means.values()], axis=1)
@@ -125,7 +125,7 @@ def _differences(results: Results, index: int, base: int, tie_margin: float) -> 
         differences[name] = dict(zip(("difference", "low", "high"), interval, strict=True))
         if name in results.rewards:
             scores = results.scores[name]
-            differences[name] |= statistics.outcomes(scores[index] - scores[base], tie_margin)
+            differences[name] |= statistics.outcomes(scores[index] - scores[base], tie_margins[name])
     return differences
 
 

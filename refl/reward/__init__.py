@@ -1,1 +1,1 @@
-"""Reward models: their contract, weighted sums, ImageReward."""
+"""Reward models: their contract, weighted sums, ImageReward and the rewards on CLIP."""

@@ -29,3 +29,7 @@ class RewardSpec:
     """As `load`, with all weights on the meta device, for counting memory. None: it is not counted."""
     default_target: float | None = 2.0
     """--reward_target if none is given; None maximises the plain reward."""
+    scale: str = ""
+    """The scores to expect, for people: "about 0.15 to 0.35"."""
+    unit: float = 1.0
+    """A difference that is as large as ImageReward's 1, roughly; --tie_margin is counted in it."""

@@ -23,12 +23,12 @@ from pathlib import Path
 from textwrap import shorten
 
 from refl.reward.contract import RewardSpec
+from refl.reward.preprocessing import preprocess, preprocess_pil
+from refl.reward.scorer import Scorer, check_prompts
 from refl.system.errors import UserError, is_first_process
-from refl.system.images import read_image
 from refl.system.reading import Count, Positive, check_folder, exists, read_object
 from refl.system.weights import read_weights
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -49,8 +49,6 @@ MAX_TOKENS = 35  # longer prompts are cut here, as published
 HEAD_LAYERS = (0, 2, 4, 6, 7)
 # The published normalisation of the head's output.
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as BLIP uses them
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Published keys and ours. "#" is a number, "*" the rest of the key.
 KEYS = (
@@ -91,8 +89,6 @@ SIZING_KEYS = (
 )
 UNUSED_KEYS = re.compile(r"^blip\.(text_encoder\.embeddings\.position_ids$|vision_proj\.|text_proj\.)")
 
-ImageInput = Image.Image | str | PathLike | Tensor  # a tensor: (3, H, W) in [0, 1]
-
 
 # -------------------------------------------------------------------------------------------------- the model
 
@@ -126,7 +122,7 @@ class TextAttention(BlipTextSelfAttention):
         return context.transpose(1, 2).flatten(2), None
 
 
-class ImageReward(nn.Module):
+class ImageReward(Scorer):
     """Human-preference score of an image for a prompt; differentiable in the image.
 
     `head_widths`: output widths of the head's linear layers; the last one is 1.
@@ -164,20 +160,23 @@ class ImageReward(nn.Module):
         """Device of the weights."""
         return self.head[0].weight.device
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores, (B,) float32, of images (B, 3, H, W) in [0, 1], any size, one prompt for each."""
-        return self.score_pixels(preprocess(images, self.image_size), prompts)
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> (B, 3, image_size, image_size)."""
+        return preprocess(images, self.image_size)
+
+    def preprocess_pil(self, image: Image.Image | str | PathLike) -> Tensor:
+        """A PIL image or an image file -> (1, 3, image_size, image_size), bit for bit as published."""
+        return preprocess_pil(image, self.image_size)
 
     def features(self, images: Tensor) -> Tensor:
         """The vision tower's first token for images (B, 3, H, W) in [0, 1], (B, width) float32, of length
         1."""
-        pixels = preprocess(images, self.image_size).to(self.vision.dtype)
+        pixels = self.preprocess(images).to(self.vision.dtype)
         return F.normalize(self.vision(pixels).last_hidden_state[:, 0].float(), dim=-1)
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores, (B,) float32, of preprocessed images (B, 3, image_size, image_size)."""
-        if isinstance(prompts, str) or [type(prompt) for prompt in prompts] != [str] * len(pixels):
-            raise UserError(f"{len(pixels)} images need as many prompts, in a list; got {prompts!r:.80}.")
+        check_prompts(len(pixels), prompts)
         tokens = self.tokenize(prompts).to(pixels.device, non_blocking=True)
         # Added to the attention scores, (B, 1, 1, tokens). transformers would look for zeros in a mask of two
         # dimensions, which makes the CPU wait for the GPU.
@@ -209,90 +208,6 @@ class ImageReward(nn.Module):
                 )
                 self.has_warned_of_cut = True
                 return
-
-    @torch.no_grad()
-    def score(
-        self, prompt: str, images: ImageInput | Iterable[ImageInput], batch_size: int = 8
-    ) -> float | list[float]:
-        """The score of one image, or of each of several: PIL images, paths, or tensors (3, H, W) in [0, 1].
-
-        PIL images and files are resized in 8 bits, as published; tensors as in training. Raises `UserError`
-        for anything else and for files that cannot be read.
-        """
-        if not isinstance(images, Iterable) or isinstance(images, str) or getattr(images, "ndim", 4) == 3:
-            return self.score(prompt, [images])[0]
-        images, scores = list(images), []
-        for start in range(0, len(images), batch_size):
-            pixels = torch.cat([self._pixels(image) for image in images[start : start + batch_size]])
-            scores += self.score_pixels(pixels, [prompt] * len(pixels)).tolist()
-        return scores
-
-    def rank(self, prompt: str, images: Iterable[ImageInput]) -> tuple[list[int], list[float]]:
-        """Rank and score of each image; rank 1 is the best, and of equal scores the first image wins."""
-        scores = self.score(prompt, images)
-        scores = scores if isinstance(scores, list) else [scores]
-        ranks = [0] * len(scores)
-        for place, index in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1):
-            ranks[index] = place
-        return ranks, scores
-
-    def _pixels(self, image: ImageInput) -> Tensor:  # (1, 3, image_size, image_size)
-        if isinstance(image, Image.Image | str | PathLike):
-            return preprocess_pil(image, self.image_size).to(self.device)
-        if not torch.is_tensor(image):
-            raise UserError(f"an image is a PIL image, a path or a tensor; this is a {type(image).__name__}.")
-        if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
-            raise UserError(
-                "an image as a tensor is (3, H, W), floating, in [0, 1]; this one is "
-                f"{tuple(image.shape)}, {image.dtype}."
-            )
-        if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # resizing may overshoot a little
-            raise UserError(
-                "an image as a tensor is in [0, 1]; this one goes from "
-                f"{image.min():.6g} to {image.max():.6g}."
-            )
-        return preprocess(image[None].to(self.device), self.image_size)
-
-
-# ---------------------------------------------------------------------------------------------- preprocessing
-
-
-def preprocess(images: Tensor, size: int) -> Tensor:
-    """Short side to `size`, centre crop, CLIP normalisation: (B, 3, H, W) in [0, 1] -> (B, 3, size, size),
-    float32 at least.
-
-    The resize is antialiased, as Pillow's is: without it most of the gradient's energy lies at frequencies
-    that `size` pixels cannot represent. It differs from `preprocess_pil` only by not rounding to 8 bits.
-    """
-    images = images.to(torch.promote_types(images.dtype, torch.float32))
-    resized = _resized(*images.shape[-2:], size)
-    if resized != images.shape[-2:]:
-        images = F.interpolate(images, size=resized, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (round((side - size) / 2) for side in resized)
-    return _normalise(images[..., top : top + size, left : left + size])
-
-
-def preprocess_pil(image: Image.Image | str | PathLike, size: int) -> Tensor:
-    """A PIL image or an image file as (1, 3, size, size), bit for bit as published: resize and crop in the
-    image's own mode, then RGB. Raises `UserError` for a file that cannot be read."""
-    image = image if isinstance(image, Image.Image) else read_image(image)
-    height, width = _resized(image.height, image.width, size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    rgb = np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB"), dtype=np.float32)
-    return _normalise(torch.from_numpy(rgb / np.float32(255)).permute(2, 0, 1)[None])
-
-
-def _resized(height: int, width: int, size: int) -> tuple[int, int]:
-    short = min(height, width)
-    return size * height // short, size * width // short
-
-
-def _normalise(images: Tensor) -> Tensor:
-    # Plain numbers, because a tensor made of them would be copied to the GPU, which waits for that.
-    channels = zip(images.unbind(1), PIXEL_MEAN, PIXEL_STD, strict=True)
-    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -332,7 +247,13 @@ def required_files(path: str | Path) -> dict[Path, str]:
     }
 
 
-SPEC = RewardSpec(load, required_files, load_empty, default_target=2.0)  # the target as published
+SPEC = RewardSpec(
+    load,
+    required_files,
+    load_empty,
+    default_target=2.0,  # as published
+    scale="about -2 to 2, mean 0 over its training images",
+)
 
 
 def _weights_file(path: str | Path) -> Path:

@@ -2,11 +2,13 @@
 
 `contract.Reward` says what a reward is. `--reward` names them:
 
-    imagereward                                   one of REWARDS
+    imagereward, pickscore, hpsv2, clip, ...      one of REWARDS
     my_rewards:redness                            the function `redness` of the module `my_rewards`
     imagereward:1.0,my_rewards:redness:0.5        1.0 x the first + 0.5 x the second
 
 To add one to REWARDS, write a file with its `RewardSpec` and add a line here.
+
+Rewards have scales of their own, which the weights of a sum have to even out: `scales` tells them.
 
 In place of a function there may be a class. Every process instantiates it once, without arguments, and calls
 the instance; an nn.Module is frozen and moved to the device. Load weights there: a module is imported before
@@ -18,11 +20,12 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from refl.reward import imagereward
+from refl.reward import aesthetic, clip, hpsv2, imagereward, pickscore
+from refl.reward.clip_tower import embedding_once
 from refl.reward.contract import Reward, RewardSpec
 from refl.reward.plugins import users_code
 from refl.system.errors import UserError, is_first_process
@@ -34,7 +37,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-REWARDS: dict[str, RewardSpec] = {"imagereward": imagereward.SPEC}
+REWARDS: dict[str, RewardSpec] = {
+    "imagereward": imagereward.SPEC,
+    "pickscore": pickscore.SPEC,
+    "hpsv2": hpsv2.SPEC,
+    "hpsv2.1": hpsv2.SPEC_2_1,
+    "clip": clip.SPEC,
+    "aesthetic_v1": aesthetic.SPEC_V1,
+    "aesthetic_v2": aesthetic.SPEC_V2,
+}
 
 
 class WeightedRewards:
@@ -55,7 +66,8 @@ class WeightedRewards:
         Values are checked until the first valid gradient, and once for scores without gradient: scores and
         gradients must be finite, and a gradient must exist.
         """
-        return torch.stack([self._scores(name, images, prompts) for name in self.rewards])
+        with embedding_once():
+            return torch.stack([self._scores(name, images, prompts) for name in self.rewards])
 
     @torch.no_grad()
     def score(self, images: Sequence[Image.Image], prompt: str, device: torch.device) -> Tensor:
@@ -234,11 +246,54 @@ def parse_held_out(specification: str | None) -> dict[str, tuple[float, RewardSp
     return parse(specification, "--held_out_reward") if specification else {}
 
 
+def load_with_held_out(
+    specification: str, held_out: str | None, folder: str | Path, device: torch.device, dtype: torch.dtype
+) -> WeightedRewards:
+    """As `load`, with the held-out rewards at weight 0."""
+    scorers = load(specification, folder, device, dtype)
+    if not held_out:
+        return scorers
+    return scorers.and_held_out(load(held_out, folder, device, dtype, "--held_out_reward"))
+
+
 def default_target(specification: str) -> float | None:
-    """--reward_target if none is given: that of the reward, or 2.0 for a weighted sum, whose scale is
-    unknown."""
-    specs = [spec for _, spec in parse(specification).values()]
-    return specs[0].default_target if len(specs) == 1 else 2.0
+    """--reward_target if none is given: the weighted sum of the rewards' own, None with a negative weight.
+
+    2.0 for a sum with a function, whose scale is unknown.
+    """
+    parsed = parse(specification)
+    if len(parsed) > 1 and not parsed.keys() <= REWARDS.keys():
+        return 2.0
+    targets = [(weight, spec.default_target) for weight, spec in parsed.values()]
+    if any(weight < 0 or target is None for weight, target in targets):
+        return None
+    return sum(weight * target for weight, target in targets)
+
+
+def scales(specification: str) -> str:
+    """The scores to expect from each reward that says so, for people."""
+    return "; ".join(
+        f"{name}: {spec.scale}" for name, (_, spec) in parse(specification).items() if spec.scale
+    )
+
+
+def suite(trained: str, held_out: str | None, folder: str | Path) -> str | None:
+    """`held_out` and every reward of REWARDS whose files are in `folder` and that is not named yet."""
+    named = parse(trained) | parse_held_out(held_out)
+    there = (name for name, spec in REWARDS.items() if all(map(Path.exists, spec.files(Path(folder)))))
+    return (
+        ",".join([*([held_out] if held_out else []), *(name for name in there if name not in named)]) or None
+    )
+
+
+def tie_margins(names: Iterable[str], trained: str, margin: float) -> dict[str, float]:
+    """--tie_margin in the unit of each reward; "reward" is the trained one. That of functions and sums is
+    1."""
+    units = {name: spec.unit for name, spec in REWARDS.items()}
+    if len(parsed := parse(trained)) == 1:
+        [(weight, spec)] = parsed.values()
+        units["reward"] = abs(weight) * spec.unit
+    return {name: margin * units.get(name, 1.0) for name in names}
 
 
 def required_files(specification: str, folder: str | Path, held_out: str | None = None) -> dict[Path, str]:

@@ -32,7 +32,7 @@ class Options:
     reward: str = "imagereward"
     """The reward, as in training: one or a weighted sum."""
     reward_path: str = "checkpoint"
-    """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
+    """Folder of the rewards' files, placed as in checkpoint/README.md."""
     device: str | None = None
     """"cuda", "cuda:1", "cpu", ...; None: a GPU if there is one."""
     batch_size: int = 8
@@ -71,5 +71,7 @@ def main() -> None:
     sys.stdout.flush()
     if "stdout" in streams.lost:  # here it is the result
         raise UserError(f"standard output could not be written: {streams.lost['stdout']}.")
+    if scales := rewards.scales(options.reward):
+        print(scales, file=sys.stderr)
     if unreadable:
         raise UserError(" ".join(unreadable))

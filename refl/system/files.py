@@ -67,10 +67,12 @@ def sync_folder(path: Path) -> None:
 
 
 def require(files: dict[Path, str]) -> None:
-    """Raise `UserError` that names all missing files at once, each with its source on the Hugging Face
-    Hub."""
+    """Raise `UserError` that names all missing files at once, each with its source: an address, or a
+    repository on the Hugging Face Hub."""
     missing = [
-        f"  {path}  (on the Hugging Face Hub: {source})" for path, source in files.items() if not exists(path)
+        f"  {path}  ({source if '://' in source else f'on the Hugging Face Hub: {source}'})"
+        for path, source in files.items()
+        if not exists(path)
     ]
     if missing:
         raise UserError("weights are missing:\n" + "\n".join(missing) + "\nSee checkpoint/README.md.")

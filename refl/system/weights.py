@@ -33,8 +33,11 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a file of tensors, memory-mapped where its format allows; raises `UserError`."""
+def read_weights(path: Path, within: str | None = None) -> dict[str, Tensor]:
+    """Read a file of tensors, memory-mapped where its format allows; raises `UserError`.
+
+    A checkpoint of a training may have the tensors in its entry `within`.
+    """
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     check_file(path)
@@ -45,6 +48,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged or is not a file of weights ({type(error).__name__}). "
             "Copy it again from its source."
         ) from error
+    if isinstance(weights, dict) and isinstance(weights.get(within), dict):
+        weights = weights[within]
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} contains something other than a table of weights.")
     return weights

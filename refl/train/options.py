@@ -42,10 +42,11 @@ class Options(Files):
     pretrained_model_name_or_path: str = "checkpoint/stable-diffusion-v1-4"
     """Folder of the text-to-image model, in diffusers' layout."""
     reward: str = "imagereward"
-    """The reward to maximise: imagereward, your own function as module:function, or a weighted sum.
-    An example of a sum: imagereward:1.0,my_rewards:redness:0.5."""
+    """The reward to maximise: imagereward, pickscore, hpsv2, hpsv2.1, clip, aesthetic_v1, aesthetic_v2, your
+    own function as module:function, or a weighted sum such as imagereward:1.0,my_rewards:redness:0.5.
+    Their scales differ: python -m refl doctor prints them."""
     reward_path: str = "checkpoint"
-    """Folder of ImageReward.pt (or .safetensors), med_config.json and bert-base-uncased/."""
+    """Folder of the rewards' files, placed as in checkpoint/README.md."""
     prompts: str = "data/train_prompts.txt"
     """Training prompts: .txt, .json, .jsonl, .csv, .tsv or .parquet."""
     validation_prompts: str = "data/held_out_prompts.txt"
@@ -97,7 +98,7 @@ class Options(Files):
     It matters only relative to --max_grad_norm, --adam_epsilon and the weights of regularisers."""
     reward_target: float | Literal["default"] | None = "default"
     """Images whose reward (the weighted sum) exceeds this get no gradient; None: no limit.
-    default: the reward's own, 2.0 for ImageReward as published."""
+    default: the weighted sum of the rewards' own, 2.0 for ImageReward as published."""
     num_inference_steps: int = 40
     """Denoising steps from noise to image, by which stops are counted."""
     min_stop: int = 30

@@ -13,6 +13,7 @@ from pathlib import Path
 from refl.model.lora import KOHYA_FILE, LORA_FILE, export_lora, pack_lora, to_kohya, unpack_lora
 from refl.report import card, outputs
 from refl.report.log import Log
+from refl.reward import rewards
 from refl.system import checkpoints
 from refl.system.distributed import is_peer_lost
 from refl.system.errors import UserError
@@ -124,11 +125,14 @@ class Run:
         return bool(every) and self.progress.step % every == 0
 
     def announce(self) -> None:
-        """Print from where the run resumes; or how --early_stop would be surer."""
+        """Print from where the run resumes; or the rewards' scales, and how --early_stop would be surer."""
         num_images = len(self.inputs.validation_prompts)
         if self.is_resumed:
             self.accelerator.print(f"resuming after step {self.progress.step}")
-        elif self.options.early_stop and (
+            return
+        if scales := rewards.scales(self.options.reward):
+            self.accelerator.print(f"{scales}; --reward_target {self.options.reward_target}")
+        if self.options.early_stop and (
             num_images < ENOUGH_IMAGES or self.options.validation_images_per_prompt == 1
         ):
             self.accelerator.print(

@@ -105,10 +105,11 @@ class Validator:
         """Saturation, every reward and, where diversity is wanted, features: (1, 1 + K + H + width)."""
         columns = [saturated_share(image)[:, None]]
         image = image.clamp(0, 1)
-        columns += [scorer(image, [prompt]).T for scorer in self.scorers]  # (1, K), (1, H)
-        if self.options.validation_images_per_prompt > 1:
-            features = self.models.rewards.features(image)  # (1, width), or None
-            columns += [] if features is None else [features]
+        with rewards.embedding_once():
+            columns += [scorer(image, [prompt]).T for scorer in self.scorers]  # (1, K), (1, H)
+            if self.options.validation_images_per_prompt > 1:
+                features = self.models.rewards.features(image)  # (1, width), or None
+                columns += [] if features is None else [features]
         return torch.cat([column.float() for column in columns], dim=1)
 
     def _summarise(self, images: Tensor, measured: Tensor) -> Validation:
