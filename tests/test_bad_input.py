@@ -281,7 +281,7 @@ def refl(**changes):
 LORAS = {
     "half of the keys": (lambda w: {k: v for k, v in w.items() if ".up." in k}, {}, "has no partner"),
     "scalars": (lambda w: {k: torch.zeros(()) for k in w}, {}, "is not a matrix"),
-    "no keys": (lambda w: {}, {}, "is empty"),
+    "no keys": (lambda w: {}, {}, "is not a LoRA: it holds no matrices"),
     "nan": (
         lambda w: w | {next(iter(w)): torch.full_like(next(iter(w.values())), torch.nan)},
         {},
@@ -337,7 +337,7 @@ def test_a_lora_of_another_name(lora, tmp_path):
     pipeline, file = lora
     for name in ("lora.bin", "lora", "lora.safetensors.bak"):
         shutil.copy(file, tmp_path / name)
-        with pytest.raises(UserError, match=f"{name}: a LoRA is read from a file called"):
+        with pytest.raises(UserError, match=f"{name} is not called .safetensors"):
             use(pipeline, tmp_path / name)
 
 

@@ -331,15 +331,15 @@ def test_captions_are_read_from_either_kind_of_file(folder):
         (lambda f: (f / "1.txt").unlink(), "missing caption. Write it to .*1.txt"),
         (
             lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png"}'),
-            "metadata.jsonl, line 1: expected",
+            "metadata.jsonl, line 1: no text. Expected: ",
         ),
-        (lambda f: (f / "metadata.jsonl").write_text("[]"), "metadata.jsonl, line 1: expected"),
+        (lambda f: (f / "metadata.jsonl").write_text("[]"), "metadata.jsonl, line 1 .* is not a JSON object"),
         (
             lambda f: (f / "metadata.jsonl").write_text('\n{"file_name": "9.png", "text": "a"}'),
             "no such image: .*9.png",
         ),
         (lambda f: [file.unlink() for file in f.iterdir()], "no image in this folder"),
-        (lambda f: (f / "0.png").write_bytes(b"no image"), "0.png: not a readable image"),
+        (lambda f: (f / "0.png").write_bytes(b"no image"), "0.png cannot be read: not an image"),
     ],
 )
 def test_mistakes_in_a_folder_of_images_are_named(folder, training_options, monkeypatch, change, message):
